@@ -1,0 +1,91 @@
+"""Other packages with the same operations, called as their documentation says.
+
+Only those that are installed are measured. Imports are inside the functions, since a package may
+fail to import where it does not run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+KNOWN = {"moe-ops": "moe_ops", "liger": "liger_kernel"}  # name here -> module
+INSTALLED = [
+    name
+    for name, module in KNOWN.items()
+    if importlib.util.find_spec(module) and importlib.util.find_spec("triton")
+]
+
+
+def gate(logits: Tensor, top_k: int) -> Any:
+    import moe_ops
+
+    return moe_ops.fused_topk_softmax(logits, top_k)
+
+
+def dispatch(x: Tensor, experts: Tensor, num_experts: int) -> Any:
+    """Returns rows, the row of each pair ([k * T], choice by choice) and the offsets. The order of
+    rows within an expert differs from run to run."""
+    import moe_ops
+
+    return moe_ops.permute(x, experts, E=num_experts)
+
+
+def dispatch_backward(grad_rows: Tensor, pair_rows: Tensor, n_tokens: int, top_k: int) -> Tensor:
+    import moe_ops
+
+    return moe_ops.permute_backward(grad_rows, pair_rows, n_tokens, top_k)
+
+
+def combine(rows: Tensor, pair_rows: Tensor, weights: Tensor) -> Tensor:
+    import moe_ops
+
+    return moe_ops.unpermute(rows, pair_rows, weights, *weights.shape)
+
+
+def combine_backward(grad_y: Tensor, rows: Tensor, pair_rows: Tensor, weights: Tensor) -> Any:
+    import moe_ops
+
+    return moe_ops.unpermute_backward(grad_y, rows, pair_rows, weights, *weights.shape)
+
+
+def moe_ops_layer(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, experts: Tensor, weights: Tensor
+) -> Tensor:
+    import moe_ops
+
+    rows, pair_rows, offsets = moe_ops.permute(x, experts, E=len(gate_up_proj))
+    gate_rows, up_rows = moe_ops.grouped_gemm(rows, gate_up_proj, offsets).chunk(2, dim=-1)
+    rows = moe_ops.grouped_gemm(F.silu(gate_rows) * up_rows, down_proj, offsets)
+    return moe_ops.unpermute(rows, pair_rows, weights, *weights.shape)
+
+
+def liger_layer(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, experts: Tensor, weights: Tensor
+) -> Tensor:
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    return LigerFusedMoEFunction.apply(x, gate_up_proj, down_proj, experts, weights)
+
+
+def shorten_autotuning(index: int = 0, count: int = 1) -> None:
+    """Makes Triton's autotuners time each candidate for 25 ms and, where count > 1, try only every
+    count-th one: several processes fill the cache of compiled kernels side by side."""
+    try:
+        import triton
+        from triton.runtime.autotuner import Autotuner
+    except ImportError:  # then they take longer
+        return
+    original = Autotuner.__init__
+
+    def short(self: Any, fn: Any, arg_names: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
+        share = (configs or [])[index::count] or configs
+        original(self, fn, arg_names, share, *args, **kwargs)
+        self._do_bench = lambda call, quantiles: triton.testing.do_bench(
+            call, warmup=5, rep=25, quantiles=quantiles
+        )
+
+    Autotuner.__init__ = short

@@ -1,0 +1,47 @@
+"""Measures and writes a results file: python -m bench.run --out bench/results/h100.json
+
+Where there is a GPU, the compiled expressions and the peers' kernels are compiled by several
+processes first. Arguments that are not listed go to pytest: -k "combine and Qwen3".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+
+import torch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
+    parser.add_argument("--out", required=True, metavar="FILE")
+    parser.add_argument("--commit", help="what is measured, where git does not say")
+    parser.add_argument("--family", default="moe")
+    parser.add_argument("--compilers", type=int, metavar="N", help="8 with a GPU, otherwise 0")
+    args, rest = parser.parse_known_args()
+    count = 8 * torch.cuda.is_available() if args.compilers is None else args.compilers
+    pytest = [sys.executable, "-m", "pytest", f"bench/bench_{args.family}.py", "-q", *rest]
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    compilers = [
+        subprocess.Popen(
+            [*pytest, "--compile-only", f"{index}/{count}"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for index in range(count)
+    ]
+    for process in compilers:
+        try:
+            process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    commit = ["--commit", args.commit] if args.commit else []
+    run = ["--benchmark-only", "--benchmark-quiet", "--no-header", "--tb=short", "-rN"]
+    return subprocess.call([*pytest, *run, "--results", args.out, *commit])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Clocks, the ceilings of the machine, and what the machine is."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def synchronized_clock() -> float:
+    """Seconds, read when the device is idle: pytest-benchmark's timer."""
+    synchronize()
+    return time.perf_counter()
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """The median time of one call of many, after two to warm up.
+
+    On a GPU this is device time with the L2 flushed before each call. On a CPU it is wall time.
+    """
+    return statistics.median(times(call))
+
+
+def times(call: Callable[[], Any]) -> list[float]:
+    call()
+    start = synchronized_clock()
+    call()
+    host = time.perf_counter() - start  # what enqueueing costs, at least
+    total = synchronized_clock() - start
+    if DEVICE.type == "cpu":
+        return [_wall(call) for _ in range(_repeats(total, 0.5))]
+    flush = torch.empty(5 * _l2_bytes(), dtype=torch.uint8, device=DEVICE)
+    # The GPU waits until the host has enqueued the call, so that launches are not counted.
+    wait = int(2e9 * min(1.5 * host + 1e-4, 0.02))
+    events = []
+    for _ in range(_repeats(total + wait / 2e9, 0.15)):
+        flush.zero_()
+        torch.cuda._sleep(wait)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        events.append((begin, end))
+    synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def _repeats(seconds_each: float, seconds: float) -> int:
+    return min(max(int(seconds / seconds_each), 5), 100)
+
+
+def _wall(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _l2_bytes() -> int:
+    return torch.cuda.get_device_properties(DEVICE).L2_cache_size
+
+
+def copy_rate(nbytes: float) -> float:
+    """Bytes read and written per second by a copy that moves `nbytes` in all.
+
+    On a GPU always a copy of 1 GiB. A CPU's caches are larger than many operations' tensors, so
+    there the size is the operation's own, within 1 MiB and 1 GiB.
+    """
+    size = 2**30 if DEVICE.type == "cuda" else min(max(int(nbytes) // 2, 2**20), 2**30)
+    return _copy_rate(2 ** round(math.log2(size)))
+
+
+@cache
+def _copy_rate(size: int) -> float:
+    source = torch.ones(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2e3 * size / _least(lambda: target.copy_(source))
+
+
+@cache
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Operations per second of a large square matrix product of this type."""
+    n = 8192 if DEVICE.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
+    with torch.no_grad():
+        return 2e3 * n**3 / _least(lambda: a @ b)
+
+
+def _least(call: Callable[[], Any]) -> float:
+    """A ceiling on a CPU is the best of many calls: others may use its memory and cores too."""
+    return milliseconds(call) if DEVICE.type == "cuda" else min(times(call))
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """The machine, its versions and its ceilings. Nothing that names the host."""
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else _cpu_name(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or _output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if DEVICE.type == "cuda":
+        query = "--query-gpu=driver_version"
+        found["cuda"] = torch.version.cuda
+        found["driver"] = _output("nvidia-smi", query, "--format=csv,noheader")
+        found["copy of 1 GiB, TB/s"] = round(copy_rate(0) / 1e12, 3)
+        found["matmul 8192^3 bf16, TFLOP/s"] = round(matmul_rate(torch.bfloat16) / 1e12, 1)
+    else:
+        found["threads"] = torch.get_num_threads()
+        found["load before"] = os.getloadavg()[0]  # anything above 0 disturbs
+        found["copy of 1 GiB, GB/s"] = round(copy_rate(2**31) / 1e9, 1)
+        found["matmul 2048^3 fp32, GFLOP/s"] = round(matmul_rate(torch.float32) / 1e9, 1)
+    for name in ("triton", "moe-ops", "liger-kernel"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip().splitlines()[0]

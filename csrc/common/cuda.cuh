@@ -1,0 +1,176 @@
+// What the CUDA kernels share: element types, 16-byte accesses, and work within a warp.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace sparsemoe {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr float kInfinity = __builtin_huge_valf();
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f with a null pointer of the element type. A GPU has no float64 kernels here.
+template <class F>
+int with_cuda_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(static_cast<float*>(nullptr));
+    case DType::f16:
+      return f(static_cast<__half*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    default:
+      return int(cudaErrorInvalidValue);
+  }
+}
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T>
+__device__ T from_float(float v);
+template <>
+__device__ inline float from_float<float>(float v) {
+  return v;
+}
+template <>
+__device__ inline __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+// N adjacent elements, moved in one access.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T value[N];
+};
+
+// Loads and stores of data that is used once, and so should not displace what is used again.
+template <class P>
+__device__ P load_once(const P* from) {
+  P pack;
+  if constexpr (sizeof(P) == 16) {
+    *reinterpret_cast<uint4*>(&pack) = __ldcs(reinterpret_cast<const uint4*>(from));
+  } else {
+    pack = *from;
+  }
+  return pack;
+}
+template <class P>
+__device__ void store_once(P* to, const P& pack) {
+  if constexpr (sizeof(P) == 16) {
+    __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&pack));
+  } else {
+    *to = pack;
+  }
+}
+
+__device__ inline int lane_id() { return threadIdx.x % 32; }
+__device__ inline int warp_id() { return threadIdx.x / 32; }
+
+// Sums and maxima over a warp, in the same order on every run and the same in every lane.
+__device__ inline float warp_sum(float v) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kFullWarp, v, step);
+  return v;
+}
+__device__ inline float warp_max(float v) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, step));
+  return v;
+}
+__device__ inline int warp_sum(int v) { return __reduce_add_sync(kFullWarp, v); }
+
+// Integers in the order of the floats they come from. NaN is 1, below -infinity; 0 is free for
+// "not to be chosen".
+__device__ inline uint32_t order_key(float v) {
+  const uint32_t bits = __float_as_uint(v + 0.0f);  // -0 becomes +0
+  const uint32_t key = bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
+  return v != v ? 1u : key;
+}
+__device__ inline float key_to_float(uint32_t key) {
+  if (key <= 1) return __int_as_float(0x7fc00000);
+  return __uint_as_float(key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu));
+}
+
+// V adjacent elements of a row for each lane of a warp: lane l holds elements l*V .. l*V+V-1, and
+// `fill` past the end of the row.
+template <int V, class T>
+__device__ void load_row(const T* row, int n, bool aligned, float fill, float (&out)[V]) {
+  constexpr int kPack = V * sizeof(T) > 16 ? 16 / sizeof(T) : V;
+  const int first = lane_id() * V;
+  if (aligned) {  // n is a multiple of V and rows begin on packs
+#pragma unroll
+    for (int i = 0; i < V; i += kPack) {
+      if (first < n) {
+        const auto pack = *reinterpret_cast<const Pack<T, kPack>*>(row + first + i);
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) out[i + j] = to_float(pack.value[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) out[i + j] = fill;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = first + i < n ? to_float(row[first + i]) : fill;
+  }
+}
+template <int V, class T>
+__device__ void store_row(T* row, int n, bool aligned, const float (&in)[V]) {
+  constexpr int kPack = V * sizeof(T) > 16 ? 16 / sizeof(T) : V;
+  const int first = lane_id() * V;
+  if (aligned) {
+    if (first < n) {
+#pragma unroll
+      for (int i = 0; i < V; i += kPack) {
+        Pack<T, kPack> pack;
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) pack.value[j] = from_float<T>(in[i + j]);
+        *reinterpret_cast<Pack<T, kPack>*>(row + first + i) = pack;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if (first + i < n) row[first + i] = from_float<T>(in[i]);
+    }
+  }
+}
+
+// Whether load_row<V> may use packs for rows of n elements that lie `stride` apart.
+template <int V, class T>
+bool rows_aligned(const void* data, int64_t n, int64_t stride) {
+  constexpr int64_t kBytes = V * sizeof(T) > 16 ? 16 : V * sizeof(T);
+  return n % V == 0 && reinterpret_cast<uintptr_t>(data) % kBytes == 0 &&
+         stride * int64_t(sizeof(T)) % kBytes == 0;
+}
+
+// Calls f with the number of elements a lane holds, as a compile-time constant.
+template <int V>
+struct LaneWidth {
+  static constexpr int value = V;
+};
+template <class F>
+int with_lane_width(int64_t n, F f) {
+  if (n <= 32) return f(LaneWidth<1>());
+  if (n <= 64) return f(LaneWidth<2>());
+  if (n <= 128) return f(LaneWidth<4>());
+  if (n <= 256) return f(LaneWidth<8>());
+  if (n <= 512) return f(LaneWidth<16>());
+  return f(LaneWidth<32>());
+}
+
+}  // namespace sparsemoe

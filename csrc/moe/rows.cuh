@@ -1,0 +1,64 @@
+// What the kernels that move rows by a plan share. A warp works on one token, so that the token's
+// vector passes through registers once; its rows are read off the plan one a lane.
+#pragma once
+
+#include "common/cuda.cuh"
+#include "moe/dispatch.h"
+
+namespace sparsemoe {
+
+constexpr int kRowThreads = 256;
+constexpr int kRowWarps = kRowThreads / 32;
+
+// The places of a token's rows in token_rows.
+struct Entries {
+  int64_t first;
+  int count;
+};
+__device__ inline Entries entries_of(const RowMap& map, int64_t token) {
+  if (map.token_offsets) {
+    const int first = map.token_offsets[token];
+    return {first, map.token_offsets[token + 1] - first};
+  }
+  return {token * map.top_k, int(map.top_k)};
+}
+
+// Row of entry i, or -1.
+__device__ inline int row_of(const RowMap& map, int64_t i) {
+  const int row = map.token_rows[i];
+  return uint32_t(row) < uint64_t(map.n_rows) ? row : -1;
+}
+
+// Blocks that cover `warps` warps, and one warp for every 32 rows that clears those without token.
+inline unsigned blocks_with_clearing(int64_t warps, int64_t n_rows) {
+  return unsigned(ceil_div(warps + ceil_div(n_rows, 32), kRowWarps));
+}
+
+// Clears the rows without token among the 32 of this warp, and tells `cleared(row)` of each.
+template <class P, class F>
+__device__ void clear_unused(const RowMap& map, int64_t warp, P* rows, int64_t packs_per_row,
+                             F cleared) {
+  const int64_t first = warp * 32;
+  const int64_t row = first + lane_id();
+  const bool unused =
+      row < map.n_rows && uint32_t(map.row_token[row]) >= uint64_t(map.n_tokens);
+  unsigned todo = __ballot_sync(kFullWarp, unused);
+  while (todo) {
+    const int64_t r = first + __ffs(todo) - 1;
+    todo &= todo - 1;
+    for (int64_t c = lane_id(); c < packs_per_row; c += 32) rows[r * packs_per_row + c] = P{};
+    if (lane_id() == 0) cleared(r);
+  }
+}
+
+// Calls f with a null pointer of the widest pack, 16 bytes or a power of two less, that divides
+// every one of the given byte counts and addresses.
+template <class F>
+int with_pack(int64_t everything, F f) {
+  if (everything % 16 == 0) return f(static_cast<Pack<uint32_t, 4>*>(nullptr));
+  if (everything % 8 == 0) return f(static_cast<Pack<uint32_t, 2>*>(nullptr));
+  if (everything % 4 == 0) return f(static_cast<Pack<uint32_t, 1>*>(nullptr));
+  return f(static_cast<Pack<uint16_t, 1>*>(nullptr));
+}
+
+}  // namespace sparsemoe

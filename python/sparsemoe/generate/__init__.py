@@ -1,0 +1,5 @@
+"""Text from a model."""
+
+from sparsemoe.generate.sampler import Sampling, generate
+
+__all__ = ["Sampling", "generate"]

@@ -1,0 +1,5 @@
+"""Functions over torch.ops.sparsemoe, one module a family."""
+
+from . import moe
+
+__all__ = ["moe"]

@@ -1,0 +1,5 @@
+"""Every op in plain PyTorch, written to be read: the specification that the kernels are held to."""
+
+from . import moe
+
+__all__ = ["moe"]

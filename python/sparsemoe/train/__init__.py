@@ -1,0 +1,1 @@
+"""Training: the run's config, the trainer, its checkpoints and its progress."""

@@ -1,0 +1,232 @@
+"""Every moe op as torch's other machinery sees it: opcheck, compile, export, autocast, CUDA graphs."""
+
+import pytest
+import torch
+from tests.ops.moe_cases import routed
+
+from sparsemoe.ops import moe
+
+OPS = torch.ops.sparsemoe
+
+
+def calls(device):
+    """name -> (op, arguments) with tensors that require grad where they may."""
+    logits = torch.randn(20, 12, device=device, requires_grad=True)
+    mask = torch.rand(20, device=device) > 0.2
+    experts, weights = routed(20, 12, 3, device)
+    plan = moe.plan(experts, 12)
+    capped = moe.plan(experts, 12, capacity=3)
+    chosen = moe.expert_choice(logits, 4, n_groups=2)
+    by_token = moe.plan_from_tokens(chosen.tokens, 20)
+    x = torch.randn(20, 16, device=device, requires_grad=True)
+    rows = torch.randn(60, 16, device=device, requires_grad=True)
+    few = torch.randn(36, 16, device=device, requires_grad=True)
+    many = torch.randn(96, 16, device=device, requires_grad=True)
+    w = weights.clone().requires_grad_()
+    stack = torch.randn(12, 8, 16, device=device, requires_grad=True)
+    lse = torch.randn(20, device=device, requires_grad=True)
+    bias = torch.randn(12, device=device)
+    fixed = torch.zeros(12, device=device)
+    threshold = torch.full((12,), 0.02, device=device)
+    return {
+        "gate": (OPS.gate, (logits, 3)),
+        "gate, all options": (
+            OPS.gate,
+            (logits, 3, "sigmoid", True, 2.5, bias, 4, 2, threshold, mask),
+        ),
+        "expert_choice": (OPS.expert_choice, (logits, 4, 2, mask)),
+        "plan": (OPS.plan, (experts, 12)),
+        "plan, capacity": (OPS.plan, (experts, 12, 3, weights)),
+        "plan_from_tokens": (OPS.plan_from_tokens, (chosen.tokens, 20)),
+        "dispatch": (OPS.dispatch, (x, *plan[2:])),
+        "dispatch, expert choice": (OPS.dispatch, (x, *by_token[2:])),
+        "combine": (OPS.combine, (rows, w, *plan[2:])),
+        "combine, no weights": (OPS.combine, (rows, None, *plan[2:])),
+        "combine, capacity": (OPS.combine, (few, w, *capped[2:])),
+        "combine, expert choice": (OPS.combine, (many, chosen.weights.detach(), *by_token[2:])),
+        "grouped_linear": (OPS.grouped_linear, (rows, stack, plan.offsets)),
+        "load_balance_loss": (OPS.load_balance_loss, (logits, plan.counts, mask)),
+        "router_z_loss": (OPS.router_z_loss, (lse, mask)),
+        "update_expert_bias_": (OPS.update_expert_bias_, (fixed, plan.counts, 0.1)),
+    }
+
+
+NAMES = list(calls("cpu"))
+
+
+def leaves(result):
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+
+
+def differentiable(result):
+    return sum(t.double().square().sum() for t in leaves(result) if t.requires_grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(device, name):
+    op, arguments = calls(device)[name]
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bare_call_is_differentiable(device, name):
+    op, arguments = calls(device)[name]
+    wanted = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    if wanted:
+        grads = torch.autograd.grad(differentiable(op(*arguments)), wanted)
+        assert all(g.shape == a.shape and g.abs().sum() > 0 for g, a in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_on_every_run(device, name):
+    op, arguments = calls(device)[name]
+    inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    first = None
+    for _ in range(3):
+        fresh = [a.clone() if a is not None and not isinstance(a, (int, float, str)) and not
+                 a.requires_grad else a for a in arguments]
+        result = leaves(op(*fresh))
+        if inputs:
+            result += torch.autograd.grad(differentiable(op(*fresh)), inputs)
+        if first is not None:
+            assert all(torch.equal(a, b) for a, b in zip(result, first, strict=True))
+        first = result
+
+
+def whole_layer(x, router, up, down, capacity):
+    """Every op of token choice, as a layer uses them."""
+    logits = x.float() @ router
+    weights, experts, logsumexp = moe.gate(logits, 2, renormalize=True)
+    plan = moe.plan(experts, 8, capacity=capacity)
+    y = moe.experts(x, up, down, plan, weights)
+    loss = moe.load_balance_loss(logits, plan.counts) + moe.router_z_loss(logsumexp)
+    return y, loss
+
+
+def by_expert_choice(x, router, up, down, capacity):
+    logits = x.float() @ router
+    chosen = moe.expert_choice(logits, capacity or 5, n_groups=2)
+    plan = moe.plan_from_tokens(chosen.tokens, x.shape[0])
+    return moe.experts(x, up, down, plan, chosen.weights), logits.mean()
+
+
+def layer_inputs(device, n_tokens=32, dtype=torch.bfloat16):
+    x = torch.randn(n_tokens, 16, device=device, dtype=dtype)
+    router = torch.randn(16, 8, device=device)
+    up = torch.randn(8, 32, 16, device=device, dtype=dtype)
+    down = torch.randn(8, 16, 16, device=device, dtype=dtype)
+    return [t.requires_grad_() for t in (x, router, up, down)]
+
+
+@pytest.mark.parametrize("function", [whole_layer, by_expert_choice])
+@pytest.mark.parametrize("capacity", [None, 6])
+def test_compile_without_a_graph_break(device, function, capacity):
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for n_tokens in (32, 48):
+        inputs = layer_inputs(device, n_tokens)
+        y, loss = function(*inputs, capacity)
+        expected = torch.autograd.grad(y.float().square().mean() + loss, inputs)
+        y_compiled, loss_compiled = compiled(*inputs, capacity)
+        actual = torch.autograd.grad(y_compiled.float().square().mean() + loss_compiled, inputs)
+        # compiled code keeps in float32 what eager code rounds to bfloat16
+        assert (y_compiled - y).norm() <= 1e-2 * y.norm()
+        torch.testing.assert_close(loss_compiled, loss)
+        for a, b in zip(actual, expected, strict=True):
+            assert (a - b).norm() <= 3e-2 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("function", [whole_layer, by_expert_choice])
+def test_export(device, function):
+    class Layer(torch.nn.Module):
+        def forward(self, x, router, up, down):
+            return function(x, router, up, down, None)
+
+    inputs = [t.detach() for t in layer_inputs(device)]
+    exported = torch.export.export(Layer(), tuple(inputs))
+    for a, b in zip(exported.module()(*inputs), function(*inputs, None), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast(device):
+    x, router, up, down = layer_inputs(device, dtype=torch.float32)
+    with torch.autocast(device, torch.bfloat16):
+        logits = x @ router
+        assert logits.dtype == torch.bfloat16
+        gated = moe.gate(logits, 2)
+        assert gated.weights.dtype == torch.float32
+        assert torch.equal(gated.weights, moe.gate(logits.float(), 2).weights)
+        y = moe.experts(x, up, down, moe.plan(gated.experts, 8), gated.weights)
+        assert y.dtype == torch.bfloat16
+        chosen = moe.expert_choice(logits, 4)
+        assert chosen.weights.dtype == torch.float32
+        assert moe.router_z_loss(gated.logsumexp).dtype == torch.float32
+    y.float().sum().backward()
+    assert x.grad.dtype == up.grad.dtype == torch.float32
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("function", [whole_layer, by_expert_choice])
+@pytest.mark.parametrize("capacity", [None, 6])
+def test_a_training_step_in_a_cuda_graph(function, capacity):
+    inputs = layer_inputs("cuda")
+
+    def step():
+        for t in inputs:
+            t.grad = None
+        y, loss = function(*inputs, capacity)
+        (y.float().square().mean() + loss).backward()
+        return y, loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, loss = step()
+    captured = [t.grad for t in inputs]
+    for _ in range(2):
+        with torch.no_grad():
+            inputs[0].copy_(torch.randn_like(inputs[0]))
+        graph.replay()
+        replayed = [t.clone() for t in (y, loss, *captured)]
+        fresh = [t.detach().clone().requires_grad_() for t in inputs]
+        y_now, loss_now = function(*fresh, capacity)
+        (y_now.float().square().mean() + loss_now).backward()
+        for a, b in zip(replayed, [y_now, loss_now, *(t.grad for t in fresh)], strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_gpu
+@pytest.mark.parametrize("function", [whole_layer, by_expert_choice])
+def test_no_host_sync(function):
+    inputs = layer_inputs("cuda")
+    bias = torch.zeros(8, device="cuda")
+    counts = torch.ones(8, device="cuda", dtype=torch.int32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for capacity in (None, 6):
+            y, loss = function(*inputs, capacity)
+            (y.float().square().mean() + loss).backward()
+        moe.update_expert_bias_(bias, counts, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_the_current_stream_is_used():
+    logits = torch.randn(4096, 64, device="cuda")
+    expected = moe.gate(logits, 4).weights
+    side = torch.cuda.Stream()
+    buffer = torch.empty_like(logits)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        buffer.copy_(logits)
+        weights = moe.gate(buffer, 4).weights
+    side.synchronize()
+    assert torch.equal(weights, expected)

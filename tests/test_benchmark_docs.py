@@ -1,0 +1,39 @@
+"""docs/benchmarks.md holds what was measured and nothing that was typed."""
+
+from pathlib import Path
+
+from make_benchmark_docs import PAGE, ROOT, comparison, render
+
+
+def test_page_is_made_from_the_results():
+    results = list((ROOT / "bench" / "results").glob("*.json"))
+    assert PAGE.read_text() == render(results), "run: python tools/make_benchmark_docs.py"
+
+
+def test_a_page_of_one_result(tmp_path: Path):
+    (tmp_path / "gpu.json").write_text(
+        """{"environment": {"device": "GPU", "commit": null}, "shapes": {"small": "T=1"},
+        "counts": {"gate": "reads logits"}, "results": [
+        {"shape": "small", "op": "gate", "implementation": "sparsemoe", "ms": 0.5, "GB/s": 2000.0,
+         "floor ms": 0.4, "ratio to floor": 1.25},
+        {"shape": "small", "op": "gate", "implementation": "torch", "ms": 2.0, "GB/s": 500.0,
+         "floor ms": 0.4, "ratio to floor": 5.0},
+        {"shape": "small", "op": "gate", "implementation": "torch, other", "ms": 1.0, "GB/s": 1e3,
+         "floor ms": 0.4, "ratio to floor": 2.5},
+        {"shape": "small", "op": "gate", "implementation": "peer", "failed": "no GPU"}]}"""
+    )
+    page = render([tmp_path / "gpu.json"])
+    assert "| gate | 0.5 | 2 TB/s | 0.4 | 1.25 | 1 (other) | 2 |  |  |" in page
+    assert "| gate | 0.5 | 2 | 1 | failed |" in page
+    assert "- gate, peer: no GPU" in page
+    assert "- gate: reads logits" in page
+    assert "commit" not in page
+
+
+def test_comparison_has_a_line_for_each_measurement():
+    rows = [
+        {"shape": "s", "op": "o", "implementation": "sparsemoe", "ms": 1.0, "floor ms": 0.5,
+         "ratio to floor": 2.0, "GB/s": 10.0},
+        {"shape": "s", "op": "o", "implementation": "torch", "failed": "ValueError: x"},
+    ]  # fmt: skip
+    assert len([line for line in comparison(rows) if line]) == 3

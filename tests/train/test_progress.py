@@ -1,0 +1,48 @@
+import io
+
+from rich.console import Console
+
+from sparsemoe.train.progress import LineProgress, LiveProgress, load_bars, make_progress
+
+RECORD = {
+    "step": 10,
+    "total_steps": 40,
+    "bits_per_byte": 3.25,
+    "bytes_per_second": 12345.6,
+    "load": [[0.5, 0.25, 0.25, 0.0]],
+}
+
+
+def test_lines():
+    stream = io.StringIO()
+    with LineProgress(every=1000, stream=stream) as progress:
+        progress.update({**RECORD, "total_steps": None})
+        progress.update({"step": 10, "validation_bits_per_byte": 3.5})
+        progress.update({**RECORD, "step": 20})  # too soon
+        progress.update({**RECORD, "step": 40})
+    assert stream.getvalue() == (
+        "step 10/?  bits/byte 3.250  12,346 bytes/s  busiest expert 2.00x the mean\n"
+        "step 40/40  bits/byte 3.250  validation 3.500  12,346 bytes/s"
+        "  busiest expert 2.00x the mean\n"
+    )
+
+
+def test_live():
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100)
+    with LiveProgress(console) as progress:
+        progress.update({"step": 1, "validation_bits_per_byte": 3.5})
+        progress.update({**RECORD, "total_steps": None})
+        progress.update(RECORD)
+    text = stream.getvalue()
+    for part in ("10 of 40", "3.250", "3.500", "12,346", "█▅▅▁", "2.00x"):
+        assert part in text, part
+
+
+def test_lines_without_a_terminal():
+    assert isinstance(make_progress(io.StringIO()), LineProgress)
+
+
+def test_bars():
+    assert load_bars([0.25] * 4) == "▅▅▅▅"
+    assert load_bars([1.0, 0.0]) == "█▁"

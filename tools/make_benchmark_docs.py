@@ -1,0 +1,173 @@
+"""Writes docs/benchmarks.md from bench/results/*.json: python tools/make_benchmark_docs.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+HEAD = """# Benchmarks
+
+Made by `tools/make_benchmark_docs.py` from the files in `bench/results`; do not edit.
+
+On a GPU a time is device time: the median over repeated calls, the L2 cache flushed before each,
+the call enqueued while the GPU waits, so that launches are not counted. On a CPU it is the median
+wall time, and caches are warm. Every result was first compared with the reference. The floor is the
+larger of the bytes that the operation must move over the copy bandwidth of the same run (on a CPU,
+that of a copy of the same size), and its operations over the matrix rate of the same run; what is
+counted stands at the end. "Plain PyTorch" is the fastest of the expressions in `bench/plain_*.py`,
+eager or compiled.
+
+To repeat: `python -m bench.run --out FILE`. To explain a time: `python -m bench.profile --help`.
+"""
+
+
+def kind(implementation: str) -> str:
+    if implementation in ("sparsemoe", "reference"):
+        return implementation
+    return "torch" if implementation.startswith("torch") else "peer"
+
+
+def best(rows: list[dict[str, Any]], of: str) -> dict[str, Any] | None:
+    """The fastest of a kind, or None."""
+    measured = [row for row in rows if kind(row["implementation"]) == of and "ms" in row]
+    return min(measured, key=lambda row: row["ms"], default=None)
+
+
+def cases(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The rows of each (shape, op), in the order of their first appearance."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["shape"], row["op"]), []).append(row)
+    return found
+
+
+def figure(value: float | None) -> str:
+    """Three digits."""
+    return "" if value is None else f"{float(f'{value:.3g}'):,g}"
+
+
+def rate(row: dict[str, Any]) -> str:
+    if "TFLOP/s" in row:
+        value, units = row["TFLOP/s"] * 1000, ("GFLOP/s", "TFLOP/s")
+    else:
+        value, units = row["GB/s"], ("GB/s", "TB/s")
+    return f"{figure(value)} {units[0]}" if value < 1000 else f"{figure(value / 1000)} {units[1]}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]
+
+
+def comparison(rows: list[dict[str, Any]]) -> list[str]:
+    """Every measurement, one a line, for a terminal."""
+    width = max(len(row["implementation"]) for row in rows)
+    lines = []
+    for (shape, op), group in cases(rows).items():
+        lines += ["", f"{op}  [{shape}]"]
+        rival = min(
+            (
+                row["ms"]
+                for row in group
+                if "ms" in row and kind(row["implementation"]) in ("torch", "peer")
+            ),
+            default=None,
+        )
+        for row in group:
+            start = f"  {row['implementation']:<{width}}"
+            if "failed" in row:
+                lines.append(f"{start}  failed: {row['failed']}")
+                continue
+            floor = f"floor {row['floor ms']:<8.3g} x{row['ratio to floor']:<6.3g}"
+            line = f"{start} {row['ms']:>9.4g}  {floor} {rate(row):<13}"
+            if row["implementation"] == "sparsemoe" and rival:
+                line += f" {rival / row['ms']:.2f} times as fast as the next"
+            lines.append(line.rstrip())
+    return lines
+
+
+def versus(ours: dict[str, Any], theirs: dict[str, Any] | None) -> list[str]:
+    if theirs is None:
+        return ["", ""]
+    name = theirs["implementation"].removeprefix("torch, ").removeprefix("torch-")
+    return [f"{figure(theirs['ms'])} ({name})", figure(theirs["ms"] / ours["ms"])]
+
+
+def section(data: dict[str, Any]) -> list[str]:
+    environment = data["environment"]
+    lines = [f"## {environment['device']}", ""]
+    lines += [
+        f"- {key}: {value}" for key, value in environment.items() if value and key != "device"
+    ]
+    groups = cases(data["results"])
+    for shape, text in data["shapes"].items():
+        mine = {op: rows for (name, op), rows in groups.items() if name == shape}
+        lines += ["", f"### {shape}", "", text, ""]
+        summary = []
+        for op, rows in mine.items():
+            ours = best(rows, "sparsemoe")
+            if ours:
+                summary.append(
+                    [op, figure(ours["ms"]), rate(ours), figure(ours["floor ms"])]
+                    + [figure(ours["ratio to floor"])]
+                    + versus(ours, best(rows, "torch"))
+                    + versus(ours, best(rows, "peer"))
+                )
+        lines += table(
+            ["sparsemoe", "ms", "rate", "floor, ms", "ratio to floor"]
+            + ["plain PyTorch, ms", "times faster", "best peer, ms", "times faster"],
+            summary,
+        )
+        names = list(dict.fromkeys(row["implementation"] for rows in mine.values() for row in rows))
+        names.sort(key=lambda name: ["sparsemoe", "reference", "torch", "peer"].index(kind(name)))
+        times = []
+        for op, rows in mine.items():
+            by_name = {row["implementation"]: row for row in rows}
+            cells = [by_name.get(name, {}) for name in names]
+            times.append([op] + ["failed" if "failed" in c else figure(c.get("ms")) for c in cells])
+        lines += ["", "All times, ms:", "", *table(["", *names], times)]
+        memory = [
+            f"{op} {row['implementation']} {figure(row['extra MiB'])}"
+            for op, rows in mine.items()
+            for row in rows
+            if op.startswith("layer") and "extra MiB" in row
+        ]
+        if memory:
+            lines += ["", f"Peak memory above the inputs, MiB: {'; '.join(memory)}."]
+        failed = [
+            f"- {op}, {row['implementation']}: {row['failed']}"
+            for op, rows in mine.items()
+            for row in rows
+            if "failed" in row
+        ]
+        if failed:
+            lines += ["", "Failed:", "", *failed]
+    return [*lines, ""]
+
+
+def render(files: list[Path]) -> str:
+    lines = HEAD.splitlines() + [""]
+    counts: dict[str, str] = {}
+    for path in sorted(files):
+        data = json.loads(path.read_text())
+        lines += section(data)
+        counts |= data["counts"]
+    if not files:
+        lines += ["No results yet.", ""]
+    if counts:
+        lines += ["## What the floors count", ""]
+        lines += [f"- {op}: {text}" for op, text in counts.items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(render(list((ROOT / "bench" / "results").glob("*.json"))))
+
+
+if __name__ == "__main__":
+    main()
