@@ -26,7 +26,7 @@ class Op:
     counts  what the floor counts, in words; nbytes and flops are the same as functions of a shape
     view    makes of a result the tensors on which implementations must agree
     ties    whether implementations may break ties differently
-    tolerance  of the relative error of reals; by default that of the shape's dtype
+    tolerance of the relative error of reals, if not that of the shape's dtype
     """
 
     name: str
@@ -87,18 +87,20 @@ def backward(table: Table, leaves: str) -> Table:
         def once(inputs: Any) -> Call:
             with torch.enable_grad():
                 y = tensors(build(inputs)())[0]
-            return partial(_gradients, inputs, lambda: y, leaves)
+            return partial(_gradients, inputs, lambda: y, leaves, retain_graph=True)
 
         return once
 
     return {name: without_forward(build) for name, build in table.items()}
 
 
-def _gradients(inputs: Any, forward: Call, leaves: str) -> tuple[Tensor, ...]:
+def _gradients(
+    inputs: Any, forward: Call, leaves: str, retain_graph: bool = False
+) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         y = tensors(forward())[0]
         wanted = [getattr(inputs, name) for name in leaves.split()]
-        return torch.autograd.grad(y, wanted, inputs.gradient(y), retain_graph=True)
+        return torch.autograd.grad(y, wanted, inputs.gradient(y), retain_graph=retain_graph)
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

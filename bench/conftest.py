@@ -46,10 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if share(config):
         index, count = share(config)
-        names = [item.callspec.params["name"] for item in items]
-        pairs = list(zip(items, names, strict=True))
-        compiled = [item for item, name in pairs if name == "torch-compiled"]
-        items[:] = compiled[index::count] + [item for item, name in pairs if name in peers.KNOWN]
+        compiled = [item for item in items if item.callspec.params["name"] == "torch-compiled"]
+        peer = [item for item in items if item.callspec.params["name"] in peers.KNOWN]
+        items[:] = compiled[index::count] + peer
 
 
 class Results:
@@ -106,6 +105,11 @@ def measure(benchmark: Any, results: Results, request: pytest.FixtureRequest) ->
 
     def run(make: Any, shape: Any, op: Op, name: str) -> None:
         benchmark.group = f"{op.name}, {shape.name}"
+        if share(request.config):
+            benchmark.skipped = True
+            with torch.no_grad():
+                op.calls[name](inputs_of(make, shape))()
+            return
         try:
             found = attempt(make, shape, op, name)
         except Exception as error:
@@ -122,10 +126,6 @@ def measure(benchmark: Any, results: Results, request: pytest.FixtureRequest) ->
         inputs = inputs_of(make, shape)
         with torch.no_grad():
             call = op.calls[name](inputs)
-            if share(request.config):
-                call()
-                benchmark.skipped = True
-                return {}
             result = list(op.view(inputs, call()))
             wrong = difference(op, shape, result, expected_of(make, shape, op))
             del result

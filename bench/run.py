@@ -10,16 +10,21 @@ import argparse
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
     parser.add_argument("--out", required=True, metavar="FILE")
-    parser.add_argument("--commit", help="what is measured, where git does not say")
+    parser.add_argument("--commit", metavar="ID", help="what is measured, where git does not say")
     parser.add_argument("--family", default="moe")
     parser.add_argument("--compilers", type=int, metavar="N", help="8 with a GPU, otherwise 0")
+    parser.add_argument("--compile-seconds", type=float, default=120, help="give up after these")
     args, rest = parser.parse_known_args()
     count = 8 * torch.cuda.is_available() if args.compilers is None else args.compilers
     pytest = [sys.executable, "-m", "pytest", f"bench/bench_{args.family}.py", "-q", *rest]
@@ -27,20 +32,23 @@ def main() -> int:
     compilers = [
         subprocess.Popen(
             [*pytest, "--compile-only", f"{index}/{count}"],
+            cwd=ROOT,
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         for index in range(count)
     ]
+    deadline = time.monotonic() + args.compile_seconds
     for process in compilers:
         try:
-            process.wait(timeout=120)
-        except subprocess.TimeoutExpired:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:  # what is missing is compiled when it is measured
             process.kill()
     commit = ["--commit", args.commit] if args.commit else []
     run = ["--benchmark-only", "--benchmark-quiet", "--no-header", "--tb=short", "-rN"]
-    return subprocess.call([*pytest, *run, "--results", args.out, *commit])
+    out = str(Path(args.out).resolve())
+    return subprocess.call([*pytest, *run, "--results", out, *commit], cwd=ROOT)
 
 
 if __name__ == "__main__":

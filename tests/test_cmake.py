@@ -35,6 +35,7 @@ def build():
     if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
         shutil.rmtree(folder)  # the tree was moved
     options = [
+        "-DSPARSEMOE_BUILD_TORCH=ON",
         f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
         f"-DPython_EXECUTABLE={sys.executable}",
     ]

@@ -63,37 +63,37 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]
 
 
+def short(implementation: str) -> str:
+    return implementation.removeprefix("torch, ").removeprefix("torch-")
+
+
 def comparison(rows: list[dict[str, Any]]) -> list[str]:
-    """Every measurement, one a line, for a terminal."""
-    width = max(len(row["implementation"]) for row in rows)
-    lines = []
+    """For a terminal: a line for each case with the times of all, then what failed."""
+    lines, failed, last = [], [], None
     for (shape, op), group in cases(rows).items():
-        lines += ["", f"{op}  [{shape}]"]
-        rival = min(
-            (
-                row["ms"]
-                for row in group
-                if "ms" in row and kind(row["implementation"]) in ("torch", "peer")
-            ),
-            default=None,
-        )
-        for row in group:
-            start = f"  {row['implementation']:<{width}}"
-            if "failed" in row:
-                lines.append(f"{start}  failed: {row['failed']}")
-                continue
-            floor = f"floor {row['floor ms']:<8.3g} x{row['ratio to floor']:<6.3g}"
-            line = f"{start} {row['ms']:>9.4g}  {floor} {rate(row):<13}"
-            if row["implementation"] == "sparsemoe" and rival:
-                line += f" {rival / row['ms']:.2f} times as fast as the next"
-            lines.append(line.rstrip())
+        if shape != last:
+            lines += [f"{shape}:", f"  {'':<38} {'ms':>8} {'x floor':>7}"]
+            last = shape
+        ours = best(group, "sparsemoe")
+        line = f"  {op:<38} "
+        line += f"{ours['ms']:8.4g} {ours['ratio to floor']:7.3g} {rate(ours):<13}" if ours else ""
+        others = [row for row in group if row["implementation"] != "sparsemoe" and "ms" in row]
+        line += ", ".join(f"{short(row['implementation'])} {figure(row['ms'])}" for row in others)
+        rivals = [row["ms"] for row in others if row["implementation"] != "reference"]
+        if ours and rivals:
+            line += f"; {min(rivals) / ours['ms']:.2f} times faster"
+        lines.append(line)
+        failed += [row for row in group if "failed" in row]
+    for row in failed:
+        name = f"{row['op']}, {row['shape']}, {row['implementation']}"
+        lines.append(f"failed: {name}: {row['failed']}")
     return lines
 
 
 def versus(ours: dict[str, Any], theirs: dict[str, Any] | None) -> list[str]:
     if theirs is None:
         return ["", ""]
-    name = theirs["implementation"].removeprefix("torch, ").removeprefix("torch-")
+    name = short(theirs["implementation"])
     return [f"{figure(theirs['ms'])} ({name})", figure(theirs["ms"] / ours["ms"])]
 
 

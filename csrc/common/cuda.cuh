@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
 
@@ -51,30 +52,59 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-// N adjacent elements, moved in one access.
+// N adjacent elements, moved in one access and held in as few registers as they fill.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
-  T value[N];
+  static constexpr bool kWords = sizeof(T) * N % 4 == 0;
+  using Word = std::conditional_t<kWords, uint32_t, uint16_t>;
+  Word word[sizeof(T) * N / sizeof(Word)];
+
+  __device__ void unpack(float* out) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        out[i] = __uint_as_float(word[i]);
+      } else if constexpr (!kWords) {
+        out[i] = to_float(*reinterpret_cast<const T*>(&word[i]));
+      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        out[i] = __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
+      } else {
+        const __half2 pair = *reinterpret_cast<const __half2*>(&word[i / 2]);
+        out[i] = i % 2 ? __high2float(pair) : __low2float(pair);
+      }
+    }
+  }
+  __device__ static Pack of(const float* in) {
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        pack.word[i] = __float_as_uint(in[i]);
+      } else if constexpr (!kWords) {
+        *reinterpret_cast<T*>(&pack.word[i]) = from_float<T>(in[i]);
+      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        if (i % 2) {
+          *reinterpret_cast<__nv_bfloat162*>(&pack.word[i / 2]) =
+              __floats2bfloat162_rn(in[i - 1], in[i]);
+        }
+      } else if (i % 2) {
+        *reinterpret_cast<__half2*>(&pack.word[i / 2]) = __floats2half2_rn(in[i - 1], in[i]);
+      }
+    }
+    return pack;
+  }
 };
 
-// Loads and stores of data that is used once, and so should not displace what is used again.
+// A load of data that the kernel does not write.
 template <class P>
-__device__ P load_once(const P* from) {
+__device__ P load(const P* from) {
   P pack;
   if constexpr (sizeof(P) == 16) {
-    *reinterpret_cast<uint4*>(&pack) = __ldcs(reinterpret_cast<const uint4*>(from));
+    *reinterpret_cast<uint4*>(&pack) = __ldg(reinterpret_cast<const uint4*>(from));
   } else {
     pack = *from;
   }
   return pack;
-}
-template <class P>
-__device__ void store_once(P* to, const P& pack) {
-  if constexpr (sizeof(P) == 16) {
-    __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&pack));
-  } else {
-    *to = pack;
-  }
 }
 
 __device__ inline int lane_id() { return threadIdx.x % 32; }
@@ -115,9 +145,7 @@ __device__ void load_row(const T* row, int n, bool aligned, float fill, float (&
 #pragma unroll
     for (int i = 0; i < V; i += kPack) {
       if (first < n) {
-        const auto pack = *reinterpret_cast<const Pack<T, kPack>*>(row + first + i);
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) out[i + j] = to_float(pack.value[j]);
+        load(reinterpret_cast<const Pack<T, kPack>*>(row + first + i)).unpack(out + i);
       } else {
 #pragma unroll
         for (int j = 0; j < kPack; ++j) out[i + j] = fill;
@@ -136,10 +164,7 @@ __device__ void store_row(T* row, int n, bool aligned, const float (&in)[V]) {
     if (first < n) {
 #pragma unroll
       for (int i = 0; i < V; i += kPack) {
-        Pack<T, kPack> pack;
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) pack.value[j] = from_float<T>(in[i + j]);
-        *reinterpret_cast<Pack<T, kPack>*>(row + first + i) = pack;
+        *reinterpret_cast<Pack<T, kPack>*>(row + first + i) = Pack<T, kPack>::of(in + i);
       }
     }
   } else {

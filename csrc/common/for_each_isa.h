@@ -49,7 +49,7 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
     apply_to = function)
 #else
@@ -66,14 +66,14 @@
 #pragma GCC pop_options
 #endif
 
-#define SPARSEMOE_BEST_ISA(function, ...)              \
-  switch (cpu_isa()) {                                 \
-    case CpuIsa::avx512:                               \
-      return avx512::function(__VA_ARGS__);            \
-    case CpuIsa::avx2:                                 \
-      return avx2::function(__VA_ARGS__);              \
-    default:                                           \
-      return baseline::function(__VA_ARGS__);          \
+#define SPARSEMOE_BEST_ISA(function, ...)     \
+  switch (cpu_isa()) {                        \
+    case CpuIsa::avx512:                      \
+      return avx512::function(__VA_ARGS__);   \
+    case CpuIsa::avx2:                        \
+      return avx2::function(__VA_ARGS__);     \
+    default:                                  \
+      return baseline::function(__VA_ARGS__); \
   }
 
 #else

@@ -112,11 +112,43 @@ inline int64_t order_key(double value) {
   const int64_t key = bits ^ ((bits >> 63) & 0x7fffffffffffffff);
   return value != value ? std::numeric_limits<int64_t>::min() + 1 : key;
 }
+// The float of a key; NaN's gives NaN.
+inline float key_to_real(int32_t key) {
+  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline double key_to_real(int64_t key) {
+  const int64_t bits = key ^ ((key >> 63) & 0x7fffffffffffffff);
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return value;
+}
 template <class Real>
 using key_t_ = decltype(order_key(Real()));
 template <class Key>
 constexpr Key lowest_key() {
   return std::numeric_limits<Key>::min();
+}
+
+// out = softmax of one row of n >= 1 elements. The largest is found by key: integers are compared
+// several at a time, floats, for the sake of NaN, are not.
+template <class T, class Real>
+void softmax_row(const T* row, int64_t n, Real* out) {
+  using Key = key_t_<Real>;
+  Key top_key = lowest_key<Key>();
+  for (int64_t i = 0; i < n; ++i) out[i] = load(row[i]);
+  for (int64_t i = 0; i < n; ++i) top_key = std::max(top_key, order_key(out[i]));
+  const Real top = key_to_real(top_key);
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = exp_(out[i] - top);
+    sum += out[i];
+  }
+  const Real inverse = 1 / sum;
+  for (int64_t i = 0; i < n; ++i) out[i] *= inverse;
 }
 
 // Calls f with a null pointer of the element type.

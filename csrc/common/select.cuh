@@ -58,6 +58,7 @@ __device__ Selection select_largest(Key key, int n, int count, int* bins) {
         }
         const unsigned reached = __ballot_sync(kFullWarp, upto >= left);
         if (reached) {
+          __syncwarp();  // every lane has read shared_left
           if (int(threadIdx.x) == __ffs(reached) - 1) {
             shared_prefix = prefix | (uint32_t(bin) << kShift[pass]);
             shared_left = left - (upto - here);

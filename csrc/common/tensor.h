@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 
 // torch's current stream. Weak: a torch without CUDA does not have it.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -54,11 +55,11 @@ inline void check_type(const Tensor& tensor, ScalarType type, const char* name) 
 
 inline void check_device(const Tensor& tensor, const Tensor& like, const char* name,
                          const char* like_name) {
-  SPARSEMOE_CHECK(tensor.is_cuda() == like.is_cuda() &&
-                      tensor.get_device_index() == like.get_device_index(),
-                  name, " must be on the same device as ", like_name, ", got ",
-                  tensor.is_cuda() ? "cuda:" : "cpu:", tensor.get_device_index(), " and ",
-                  like.is_cuda() ? "cuda:" : "cpu:", like.get_device_index());
+  SPARSEMOE_CHECK(
+      tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
+      name, " must be on the same device as ", like_name, ", got ",
+      tensor.is_cuda() ? "cuda:" : "cpu:", tensor.get_device_index(), " and ",
+      like.is_cuda() ? "cuda:" : "cpu:", like.get_device_index());
 }
 
 // The element type of a tensor of reals. float64 is for the CPU, where gradients are checked.
@@ -75,7 +76,8 @@ inline DType real_dtype(const Tensor& tensor, const char* name) {
                       " must be float32, bfloat16 or float16 on a GPU, got float64");
       return DType::f64;
     default:
-      SPARSEMOE_CHECK(false, name, " must be float32, bfloat16, float16 or (on the CPU) float64, got ",
+      SPARSEMOE_CHECK(false, name,
+                      " must be float32, bfloat16, float16 or (on the CPU) float64, got ",
                       dtype_text(tensor.scalar_type()));
   }
   return DType::f32;
@@ -130,7 +132,11 @@ T* mutable_pointer(const Tensor& tensor) {
 }
 
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
-  return torch::stable::empty(sizes, type, std::nullopt, like.device());
+  Tensor tensor = torch::stable::empty(sizes, type, std::nullopt, like.device());
+  if (!like.is_cuda()) {
+    prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  }
+  return tensor;
 }
 
 inline Tensor workspace(int64_t bytes, const Tensor& like) {
@@ -151,8 +157,9 @@ template <class Params>
 void run(const char* name, const Tensor& like, void (*cpu)(const Params&),
          int (*cuda)(const Params&, void*), const Params& p) {
   if (!like.is_cuda()) return cpu(p);
-  SPARSEMOE_CHECK(cuda, name, ": this sparsemoe was built without CUDA; reinstall it where nvcc is "
-                              "found, with FORCE_CUDA=1");
+  SPARSEMOE_CHECK(cuda, name,
+                  ": this sparsemoe was built without CUDA; reinstall it where nvcc is "
+                  "found, with FORCE_CUDA=1");
 #ifdef USE_CUDA
   torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const int error = cuda(p, current_stream(like));
@@ -164,7 +171,8 @@ void run(const char* name, const Tensor& like, void (*cpu)(const Params&),
 #ifdef USE_CUDA
 #define SPARSEMOE_RUN(op, like, params) run(#op, like, op##_cpu, op##_cuda, params)
 #else
-#define SPARSEMOE_RUN(op, like, params) run(#op, like, op##_cpu, decltype(&op##_cuda)(nullptr), params)
+#define SPARSEMOE_RUN(op, like, params) \
+  run(#op, like, op##_cpu, decltype (&op##_cuda)(nullptr), params)
 #endif
 
 }  // namespace sparsemoe

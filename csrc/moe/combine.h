@@ -10,7 +10,7 @@ struct CombineParams {
   RowMap map;
   int64_t width;
   DType dtype;
-  const void* rows;     // [n_rows, width], rows_stride elements apart
+  const void* rows;  // [n_rows, width], rows_stride elements apart
   int64_t rows_stride;
   const void* weights;  // by pair, float (double where dtype is f64); null: ones
   void* y;              // [n_tokens, width]

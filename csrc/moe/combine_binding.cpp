@@ -1,8 +1,9 @@
 // dispatch, combine and the gradient of combine: the ops that move rows by a plan.
+#include "moe/combine.h"
+
 #include <tuple>
 
 #include "common/tensor.h"
-#include "moe/combine.h"
 #include "moe/dispatch.h"
 
 namespace sparsemoe {

@@ -1,12 +1,12 @@
 #include "moe/combine.h"
-
 #include "moe/rows.cuh"
 
 namespace sparsemoe {
 namespace {
 
-// Rows that a warp loads before it adds the first, to keep the memory busy.
-constexpr int kRowsAhead = 8;
+// Rows whose loads are in flight before the first is used. More, or more blocks on a
+// multiprocessor, and the memory serves them more slowly.
+constexpr int kRowsAhead = 4;
 
 // Elements of a pack: 16 bytes where widths, strides and addresses allow, else one element.
 template <class T>
@@ -22,14 +22,16 @@ bool wide_enough(int64_t width, int64_t stride_a, int64_t stride_b, const void* 
 // One warp a token and piece of 32 packs.
 template <class T, int N>
 __global__ void __launch_bounds__(kRowThreads)
-    combine_kernel(const RowMap map, const T* rows, int64_t rows_stride, const float* weights,
-                   T* y, int64_t width, int64_t pieces) {
+    combine_kernel(const RowMap map, const T* rows, int64_t rows_stride, const float* weights, T* y,
+                   int64_t width, int64_t pieces) {
   using P = Pack<T, N>;
   const int64_t warp = blockIdx.x * int64_t(kRowWarps) + warp_id();
   if (warp >= map.n_tokens * pieces) return;
   const int64_t token = warp / pieces;
   const int64_t column = ((warp - token * pieces) * 32 + lane_id()) * N;
   const bool inside = column < width;
+  // Lanes past the end load what the last one loads, so that no load is conditional.
+  const T* from = rows + (inside ? column : width - N);
   const Entries entries = entries_of(map, token);
 
   float sum[N] = {};
@@ -47,89 +49,97 @@ __global__ void __launch_bounds__(kRowThreads)
     const int count = min(32, entries.count - first);
     for (int j = 0; j < count; j += kRowsAhead) {
       P pack[kRowsAhead];
-      int row[kRowsAhead];
 #pragma unroll
       for (int i = 0; i < kRowsAhead; ++i) {
-        row[i] = __shfl_sync(kFullWarp, lane_row, (j + i) % 32);
-        if (j + i >= count) row[i] = -1;
-        if (row[i] >= 0 && inside) {
-          pack[i] = load_once(reinterpret_cast<const P*>(rows + row[i] * rows_stride + column));
-        }
+        const int row = __shfl_sync(kFullWarp, lane_row, j + i);
+        if (row >= 0) pack[i] = load(reinterpret_cast<const P*>(from + row * rows_stride));
       }
 #pragma unroll
       for (int i = 0; i < kRowsAhead; ++i) {
-        const float weight = __shfl_sync(kFullWarp, lane_weight, (j + i) % 32);
-        if (row[i] >= 0 && inside) {
+        const int row = __shfl_sync(kFullWarp, lane_row, j + i);
+        const float weight = __shfl_sync(kFullWarp, lane_weight, j + i);
+        if (row >= 0) {
+          float value[N];
+          pack[i].unpack(value);
 #pragma unroll
-          for (int c = 0; c < N; ++c) sum[c] += weight * to_float(pack[i].value[c]);
+          for (int c = 0; c < N; ++c) sum[c] += weight * value[c];
         }
       }
     }
   }
-  if (inside) {
-    P pack;
-#pragma unroll
-    for (int c = 0; c < N; ++c) pack.value[c] = from_float<T>(sum[c]);
-    store_once(reinterpret_cast<P*>(y + token * width + column), pack);
-  }
+  if (inside) *reinterpret_cast<P*>(y + token * width + column) = P::of(sum);
 }
 
-// One warp a token; then the clearing warps. The token's gradient is read again for each row, from
-// the first-level cache.
+// One block a token, a thread a pack of its gradient. The inner products <rows[r], grad> are summed
+// over the block in a fixed order. Each block also clears the unused ones of its share of all rows.
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads) combine_backward_kernel(
-    const RowMap map, const T* grad, int64_t grad_stride, const T* rows, int64_t rows_stride,
-    const float* weights, T* grad_rows, float* grad_weights, int64_t width) {
+__global__ void __launch_bounds__(kRowThreads, 4)
+    combine_backward_kernel(const RowMap map, const T* grad, int64_t grad_stride, const T* rows,
+                            int64_t rows_stride, const float* weights, T* grad_rows,
+                            float* grad_weights, int64_t n_pairs, int64_t width) {
   using P = Pack<T, N>;
-  constexpr int kAhead = 4;
-  const int64_t token = blockIdx.x * int64_t(kRowWarps) + warp_id();
-  const int64_t packs = width / N;
-  if (token >= map.n_tokens) {
-    clear_unused(map, token - map.n_tokens, reinterpret_cast<P*>(grad_rows), packs,
-                 [=](int64_t row) {
-                   if (map.token_offsets) grad_weights[row] = 0;
-                 });
-    return;
+  __shared__ float of_warp[kRowsAhead][kRowWarps];
+  const int64_t token = blockIdx.x, packs = width / N;
+  const int n_warps = blockDim.x / 32;
+  if (warp_id() == 0) {
+    clear_unused(map, token, gridDim.x, reinterpret_cast<P*>(grad_rows), packs, [=](int64_t row) {
+      if (map.token_offsets) grad_weights[row] = 0;
+    });
   }
   const Entries entries = entries_of(map, token);
   const P* from_grad = reinterpret_cast<const P*>(grad + token * grad_stride);
-  for (int j = 0; j < entries.count; ++j) {
-    const int64_t entry = entries.first + j;
-    const int64_t row = row_of(map, entry);
-    if (row < 0) {
-      if (!map.token_offsets && lane_id() == 0) grad_weights[entry] = 0;
-      continue;
-    }
-    const int64_t pair = map.token_offsets ? map.row_pair[row] : entry;
-    const float weight = weights[pair];
-    const P* from_row = reinterpret_cast<const P*>(rows + row * rows_stride);
-    P* to_row = reinterpret_cast<P*>(grad_rows + row * width);
-    float inner = 0;
-    for (int64_t column = lane_id(); column < packs; column += 32 * kAhead) {
-      P value[kAhead], g[kAhead];
+  for (int first = 0; first < entries.count; first += kRowsAhead) {
+    int row[kRowsAhead];
+    float weight[kRowsAhead], inner[kRowsAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (column + 32 * i < packs) {
-          value[i] = load_once(from_row + column + 32 * i);
-          g[i] = from_grad[column + 32 * i];
+    for (int i = 0; i < kRowsAhead; ++i) {
+      const int64_t entry = entries.first + first + i;
+      row[i] = first + i < entries.count ? row_of(map, entry) : -1;
+      int64_t pair = entry;
+      if (map.token_offsets && row[i] >= 0) pair = map.row_pair[row[i]];
+      weight[i] = row[i] >= 0 && uint64_t(pair) < uint64_t(n_pairs) ? weights[pair] : 0.0f;
+      inner[i] = 0;
+    }
+    for (int64_t column = threadIdx.x; column < packs; column += blockDim.x) {
+      P pack[kRowsAhead];
+#pragma unroll
+      for (int i = 0; i < kRowsAhead; ++i) {
+        if (row[i] >= 0) {
+          pack[i] = load(reinterpret_cast<const P*>(rows + row[i] * rows_stride) + column);
         }
       }
+      float gradient[N];
+      load(from_grad + column).unpack(gradient);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (column + 32 * i < packs) {
-          P out;
+      for (int i = 0; i < kRowsAhead; ++i) {
+        if (row[i] < 0) continue;
+        float value[N], scaled[N];
+        pack[i].unpack(value);
 #pragma unroll
-          for (int c = 0; c < N; ++c) {
-            const float gradient = to_float(g[i].value[c]);
-            inner += gradient * to_float(value[i].value[c]);
-            out.value[c] = from_float<T>(weight * gradient);
-          }
-          store_once(to_row + column + 32 * i, out);
+        for (int c = 0; c < N; ++c) {
+          inner[i] += gradient[c] * value[c];
+          scaled[c] = weight[i] * gradient[c];
         }
+        reinterpret_cast<P*>(grad_rows + row[i] * width)[column] = P::of(scaled);
       }
     }
-    inner = warp_sum(inner);
-    if (lane_id() == 0) grad_weights[pair] = inner;
+    __syncthreads();  // of_warp has been read
+#pragma unroll
+    for (int i = 0; i < kRowsAhead; ++i) {
+      const float sum = warp_sum(inner[i]);
+      if (lane_id() == 0) of_warp[i][warp_id()] = sum;
+    }
+    __syncthreads();
+    const int i = threadIdx.x;
+    if (i < kRowsAhead && first + i < entries.count) {
+      float sum = 0;
+      for (int w = 0; w < n_warps; ++w) sum += of_warp[i][w];
+      const int64_t entry = entries.first + first + i;
+      const int r = row_of(map, entry);
+      int64_t pair = entry;
+      if (map.token_offsets) pair = r >= 0 ? map.row_pair[r] : -1;
+      if (uint64_t(pair) < uint64_t(n_pairs)) grad_weights[pair] = r >= 0 ? sum : 0.0f;
+    }
   }
 }
 
@@ -141,11 +151,10 @@ int combine_cuda(const CombineParams& p, void* stream) {
     const auto launch = [&](auto n) {
       constexpr int N = decltype(n)::value;
       const int64_t pieces = ceil_div(p.width, 32 * N);
-      combine_kernel<T, N>
-          <<<unsigned(ceil_div(p.map.n_tokens * pieces, kRowWarps)), kRowThreads, 0,
-             cudaStream_t(stream)>>>(p.map, static_cast<const T*>(p.rows), p.rows_stride,
-                                     static_cast<const float*>(p.weights), static_cast<T*>(p.y),
-                                     p.width, pieces);
+      combine_kernel<T, N><<<unsigned(ceil_div(p.map.n_tokens * pieces, kRowWarps)), kRowThreads, 0,
+                             cudaStream_t(stream)>>>(
+          p.map, static_cast<const T*>(p.rows), p.rows_stride, static_cast<const float*>(p.weights),
+          static_cast<T*>(p.y), p.width, pieces);
       return int(cudaGetLastError());
     };
     return wide_enough<T>(p.width, p.rows_stride, 0, p.rows, p.y, nullptr)
@@ -159,13 +168,11 @@ int combine_backward_cuda(const CombineBackwardParams& p, void* stream) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto launch = [&](auto n) {
       constexpr int N = decltype(n)::value;
-      combine_backward_kernel<T, N>
-          <<<blocks_with_clearing(p.map.n_tokens, p.map.n_rows), kRowThreads, 0,
-             cudaStream_t(stream)>>>(p.map, static_cast<const T*>(p.grad), p.grad_stride,
-                                     static_cast<const T*>(p.rows), p.rows_stride,
-                                     static_cast<const float*>(p.weights),
-                                     static_cast<T*>(p.grad_rows),
-                                     static_cast<float*>(p.grad_weights), p.width);
+      const int threads = int(std::min<int64_t>(kRowThreads, ceil_div(p.width / N, 32) * 32));
+      combine_backward_kernel<T, N><<<unsigned(p.map.n_tokens), threads, 0, cudaStream_t(stream)>>>(
+          p.map, static_cast<const T*>(p.grad), p.grad_stride, static_cast<const T*>(p.rows),
+          p.rows_stride, static_cast<const float*>(p.weights), static_cast<T*>(p.grad_rows),
+          static_cast<float*>(p.grad_weights), p.n_pairs, p.width);
       return int(cudaGetLastError());
     };
     return wide_enough<T>(p.width, p.rows_stride, p.grad_stride, p.rows, p.grad, p.grad_rows)

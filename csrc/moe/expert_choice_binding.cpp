@@ -1,7 +1,8 @@
+#include "moe/expert_choice.h"
+
 #include <tuple>
 
 #include "common/tensor.h"
-#include "moe/expert_choice.h"
 #include "moe/gate.h"
 
 namespace sparsemoe {
@@ -9,9 +10,8 @@ namespace {
 
 void check_logits(const Tensor& logits) {
   check_dim(logits, 2, "logits", "[tokens, experts]");
-  SPARSEMOE_CHECK(logits.size(1) >= 1 && logits.size(1) <= kMaxExperts,
-                  "logits must have 1 to ", kMaxExperts, " experts, got shape ",
-                  shape_text(logits));
+  SPARSEMOE_CHECK(logits.size(1) >= 1 && logits.size(1) <= kMaxExperts, "logits must have 1 to ",
+                  kMaxExperts, " experts, got shape ", shape_text(logits));
   SPARSEMOE_CHECK(logits.size(0) < INT32_MAX, "logits must have fewer than 2^31 tokens, got ",
                   logits.size(0));
 }

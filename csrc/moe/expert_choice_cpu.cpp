@@ -4,71 +4,74 @@
 #include "common/for_each_isa.h"
 
 #ifndef SPARSEMOE_DISPATCH
+#include "common/select_cpu.h"
+
 namespace sparsemoe {
 namespace SPARSEMOE_ISA {
 
-// softmax of one row of logits.
-template <class T, class Real>
-void softmax_row(const T* row, int32_t n, Real* out) {
-  Real top = -std::numeric_limits<Real>::infinity();
-  for (int32_t e = 0; e < n; ++e) {
-    out[e] = load(row[e]);
-    top = out[e] > top ? out[e] : top;
-  }
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int32_t e = 0; e < n; ++e) {
-    out[e] = exp_(out[e] - top);
-    sum += out[e];
-  }
-  const Real inverse = 1 / sum;
-  for (int32_t e = 0; e < n; ++e) out[e] *= inverse;
-}
+// Tokens whose scores are turned from rows into columns together: a cache line of floats.
+constexpr int64_t kTile = 16;
 
 template <class T>
 void choose(const ExpertChoiceParams& p) {
   using Real = acc_t<T>;
-  using Candidate = std::pair<key_t_<Real>, int32_t>;  // key of the score, position in the group
+  using Key = decltype(unsigned_key(Real()));
   const int64_t n_experts = p.n_experts, per_group = p.n_tokens / p.n_groups;
   Real* scores = static_cast<Real*>(p.workspace);  // [n_experts, n_tokens]
-  parallel_for(0, p.n_tokens, grain_for(64 * n_experts), [&](int64_t begin, int64_t end) {
-    std::vector<Real> row(n_experts);
-    for (int64_t t = begin; t < end; ++t) {
-      softmax_row(static_cast<const T*>(p.logits) + t * p.logits_stride, int32_t(n_experts),
-                  row.data());
-      for (int64_t e = 0; e < n_experts; ++e) scores[e * p.n_tokens + t] = row[e];
+  const int64_t n_tiles = (p.n_tokens + kTile - 1) / kTile;
+  parallel_for(0, n_tiles, grain_for(kTile * 64 * n_experts), [&](int64_t begin, int64_t end) {
+    std::vector<Real> rows(kTile * n_experts);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTile, count = std::min(kTile, p.n_tokens - first);
+      for (int64_t i = 0; i < count; ++i) {
+        softmax_row(static_cast<const T*>(p.logits) + (first + i) * p.logits_stride, n_experts,
+                    rows.data() + i * n_experts);
+      }
+      for (int64_t e = 0; e < n_experts; ++e) {
+        Real* column = scores + e * p.n_tokens + first;
+        for (int64_t i = 0; i < count; ++i) column[i] = rows[i * n_experts + e];
+      }
     }
   });
 
   parallel_for(0, n_experts * p.n_groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Candidate> candidates;
+    std::vector<Key> keys(per_group), pool;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t e = i / p.n_groups, group = i % p.n_groups, first = group * per_group;
       const Real* score = scores + e * p.n_tokens + first;
-      candidates.clear();
-      for (int64_t t = 0; t < per_group; ++t) {
-        if (!p.mask || p.mask[first + t]) candidates.emplace_back(order_key(score[t]), int32_t(t));
+      int64_t usable = per_group;
+      for (int64_t t = 0; t < per_group; ++t) keys[t] = unsigned_key(score[t]);
+      if (p.mask) {
+        for (int64_t t = 0; t < per_group; ++t) {
+          if (!p.mask[first + t]) {
+            keys[t] = 0;  // below every score's key
+            --usable;
+          }
+        }
       }
-      const int64_t found = std::min<int64_t>(p.capacity, candidates.size());
-      const auto better = [](const Candidate& a, const Candidate& b) {
-        return a.first != b.first ? a.first > b.first : a.second < b.second;
-      };
-      if (found < int64_t(candidates.size())) {
-        std::nth_element(candidates.begin(), candidates.begin() + found, candidates.end(), better);
-        candidates.resize(found);
+      Selection<Key> selection{0, 0};  // every usable token
+      if (p.capacity > 0 && p.capacity < usable) {
+        selection = select_largest(keys.data(), per_group, p.capacity, &pool);
       }
-      std::sort(candidates.begin(), candidates.end(),
-                [](const Candidate& a, const Candidate& b) { return a.second < b.second; });
       Real* weights = static_cast<Real*>(p.weights) + i * p.capacity;
       int32_t* tokens = p.tokens + i * p.capacity;
-      Real lowest = std::numeric_limits<Real>::infinity();
-      for (int64_t c = 0; c < p.capacity; ++c) {
-        const bool used = c < found;
-        weights[c] = used ? score[candidates[c].second] : Real(0);
-        tokens[c] = used ? int32_t(first + candidates[c].second) : -1;
+      int64_t found = 0;
+      for (int64_t t = 0; t < per_group && found < p.capacity; ++t) {
+        const bool equal = keys[t] == selection.key && selection.n_equal > 0;
+        if (keys[t] <= selection.key && !equal) continue;
+        selection.n_equal -= equal;
+        weights[found] = score[t];
+        tokens[found++] = int32_t(first + t);
+      }
+      Real lowest = found < p.capacity || !found ? Real(0) : weights[0];
+      for (int64_t c = 0; c < found && lowest != 0; ++c) {
         lowest = weights[c] != weights[c] || weights[c] < lowest ? weights[c] : lowest;
       }
-      static_cast<Real*>(p.threshold)[group * n_experts + e] = p.capacity ? lowest : Real(0);
+      for (int64_t c = found; c < p.capacity; ++c) {
+        weights[c] = 0;
+        tokens[c] = -1;
+      }
+      static_cast<Real*>(p.threshold)[group * n_experts + e] = lowest;
     }
   });
 }
@@ -91,8 +94,7 @@ void choose_backward(const ExpertChoiceBackwardParams& p) {
     for (int64_t t = begin; t < end; ++t) {
       Real* grad = dense + t * n_experts;
       T* out = static_cast<T*>(p.grad_logits) + t * n_experts;
-      softmax_row(static_cast<const T*>(p.logits) + t * p.logits_stride, int32_t(n_experts),
-                  row.data());
+      softmax_row(static_cast<const T*>(p.logits) + t * p.logits_stride, n_experts, row.data());
       Real inner = 0;
       bool chosen = false;
       for (int64_t e = 0; e < n_experts; ++e) {

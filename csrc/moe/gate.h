@@ -1,4 +1,5 @@
-// Token choice: the k best experts of every token, their weights, and the log-sum-exp of the logits.
+// Token choice: the k best experts of every token, their weights, and the log-sum-exp of the
+// logits.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,9 @@
+#include "moe/gate.h"
+
 #include <cmath>
 #include <tuple>
 
 #include "common/tensor.h"
-#include "moe/gate.h"
 
 namespace sparsemoe {
 namespace {
@@ -17,8 +18,8 @@ Scoring parse_scoring(const std::string& name) {
   return Scoring::softmax_after_topk;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& logits_in, int64_t top_k,
-                                        std::string scoring, bool renormalize, double scale,
+std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& logits_in, int64_t top_k, std::string scoring,
+                                        bool renormalize, double scale,
                                         const OptionalTensor& bias_in, int64_t n_group,
                                         int64_t topk_group, const OptionalTensor& threshold_in,
                                         const OptionalTensor& mask_in) {
@@ -26,11 +27,11 @@ std::tuple<Tensor, Tensor, Tensor> gate(const Tensor& logits_in, int64_t top_k,
   const DType dtype = real_dtype(logits_in, "logits");
   const ScalarType real = accumulator_type(dtype);
   const int64_t n_tokens = logits_in.size(0), n_experts = logits_in.size(1);
-  SPARSEMOE_CHECK(n_experts >= 1 && n_experts <= kMaxExperts, "logits must have 1 to ",
-                  kMaxExperts, " experts, got shape ", shape_text(logits_in));
+  SPARSEMOE_CHECK(n_experts >= 1 && n_experts <= kMaxExperts, "logits must have 1 to ", kMaxExperts,
+                  " experts, got shape ", shape_text(logits_in));
   SPARSEMOE_CHECK(top_k >= 1 && top_k <= std::min(n_experts, kMaxTopK),
-                  "top_k must be from 1 to min(experts, ", kMaxTopK, ") = ",
-                  std::min(n_experts, kMaxTopK), ", got ", top_k);
+                  "top_k must be from 1 to min(experts, ", kMaxTopK,
+                  ") = ", std::min(n_experts, kMaxTopK), ", got ", top_k);
   SPARSEMOE_CHECK(std::isfinite(scale) && scale > 0, "scale must be finite and above 0, got ",
                   scale);
   SPARSEMOE_CHECK(n_group >= 1 && n_group <= kMaxGroups && n_experts % n_group == 0,

@@ -7,30 +7,36 @@
 namespace sparsemoe {
 namespace SPARSEMOE_ISA {
 
-// The largest key and, of equals, the lowest index. Two passes, each of which vectorises.
-template <class Key>
-int32_t argmax(const Key* keys, int32_t n, Key* largest) {
-  Key best = lowest_key<Key>();
-#pragma omp simd reduction(max : best)
-  for (int32_t i = 0; i < n; ++i) best = std::max(best, keys[i]);
-  int32_t index = n;
-#pragma omp simd reduction(min : index)
-  for (int32_t i = 0; i < n; ++i) index = std::min(index, keys[i] == best ? i : n);
-  *largest = best;
-  return index;
-}
+// Tokens that are worked on side by side, a lane each: what happens to a token becomes vector code
+// whatever the number of experts, and no step depends on comparing within a vector.
+constexpr int32_t kLanes = 16;
+#define SPARSEMOE_LANES(i) _Pragma("omp simd") for (int32_t i = 0; i < kLanes; ++i)
 
-// Keeps the keys of the topk_group groups whose two best choices sum highest.
+// Space for a block of tokens, [experts][lanes].
 template <class Real>
-void limit_groups(const Real* choice, key_t_<Real>* keys, const GateParams& p) {
+struct Block {
+  std::vector<Real> logits, choice;
+  std::vector<key_t_<Real>> keys;
+  std::vector<uint8_t> below;
+
+  explicit Block(int64_t n_experts)
+      : logits(n_experts * kLanes),
+        choice(n_experts * kLanes),
+        keys(n_experts * kLanes),
+        below(n_experts * kLanes) {}
+};
+
+// Leaves the keys of the topk_group groups whose two best choices sum highest, of one lane.
+template <class Real>
+void limit_groups(Block<Real>* block, int32_t lane, const GateParams& p) {
   using Key = key_t_<Real>;
-  const int32_t size = int32_t(p.n_experts / p.n_group);
+  const int64_t size = p.n_experts / p.n_group;
   const Real lowest = -std::numeric_limits<Real>::infinity();
   Key group_keys[kMaxGroups];
-  for (int32_t g = 0; g < p.n_group; ++g) {
+  for (int64_t g = 0; g < p.n_group; ++g) {
     Real first = lowest, second = lowest;
-    for (int32_t i = g * size; i < (g + 1) * size; ++i) {
-      const Real value = choice[i];
+    for (int64_t e = g * size; e < (g + 1) * size; ++e) {
+      const Real value = block->choice[e * kLanes + lane];
       second = value > first ? first : value > second ? value : second;
       first = value > first ? value : first;
     }
@@ -39,106 +45,157 @@ void limit_groups(const Real* choice, key_t_<Real>* keys, const GateParams& p) {
   }
   bool kept[kMaxGroups] = {};
   for (int64_t i = 0; i < p.topk_group; ++i) {
-    Key key;
-    const int32_t g = argmax(group_keys, int32_t(p.n_group), &key);
+    const int64_t g = std::max_element(group_keys, group_keys + p.n_group) - group_keys;
     group_keys[g] = lowest_key<Key>();
     kept[g] = true;
   }
-  for (int32_t g = 0; g < p.n_group; ++g) {
-    if (!kept[g]) std::fill(keys + g * size, keys + (g + 1) * size, lowest_key<Key>());
+  for (int64_t e = 0; e < p.n_experts; ++e) {
+    if (!kept[e / size]) block->keys[e * kLanes + lane] = lowest_key<Key>();
   }
 }
 
+template <class Real>
+Real sigmoid_(Real x) {
+  return 1 / (1 + exp_(-x));
+}
+
+// Scores, plus the bias, as keys; experts outside the best groups or below the threshold get the
+// lowest key.
+template <class Real>
+void choose_by_score(Block<Real>* block, const Real* lse, const GateParams& p) {
+  using Key = key_t_<Real>;
+  const Real* bias = static_cast<const Real*>(p.bias);
+  const Real* threshold = static_cast<const Real*>(p.threshold);
+  const bool by_logit = !bias && p.n_group == 1;
+  const Real lowest = -std::numeric_limits<Real>::infinity();
+  for (int64_t e = 0; e < p.n_experts; ++e) {
+    const Real* logit = &block->logits[e * kLanes];
+    Real* choice = &block->choice[e * kLanes];
+    Key* key = &block->keys[e * kLanes];
+    if (p.scoring == Scoring::softmax) {
+      SPARSEMOE_LANES(i) choice[i] = exp_(logit[i] - lse[i]);
+    } else if (p.scoring == Scoring::sigmoid) {
+      SPARSEMOE_LANES(i) choice[i] = sigmoid_(logit[i]);
+    } else {
+      SPARSEMOE_LANES(i) choice[i] = logit[i];
+    }
+    if (threshold) {
+      SPARSEMOE_LANES(i) { block->below[e * kLanes + i] = !(choice[i] >= threshold[e]); }
+    }
+    if (by_logit) continue;
+    const Real add = bias ? bias[e] : Real(0);
+    SPARSEMOE_LANES(i) {
+      const Real value = choice[i] + add;
+      choice[i] = value == value ? value : lowest;
+      key[i] = order_key(choice[i]);
+    }
+  }
+  if (p.n_group > 1) {
+    for (int32_t i = 0; i < kLanes; ++i) limit_groups(block, i, p);
+  }
+  if (threshold) {
+    for (int64_t i = 0; i < p.n_experts * kLanes; ++i) {
+      if (block->below[i]) block->keys[i] = lowest_key<Key>();
+    }
+  }
+}
+
+// The gate of up to kLanes tokens from `first` on.
 template <class T>
-void gate_token(const GateParams& p, int64_t t) {
+void gate_block(const GateParams& p, int64_t first, Block<acc_t<T>>* block) {
   using Real = acc_t<T>;
   using Key = key_t_<Real>;
   const int32_t n = int32_t(p.n_experts), k = int32_t(p.top_k);
-  const T* row = static_cast<const T*>(p.logits) + t * p.logits_stride;
-  Real* weights = static_cast<Real*>(p.weights) + t * k;
-  int32_t* experts = p.experts + t * k;
-  Real* logsumexp = static_cast<Real*>(p.logsumexp) + t;
-  if (p.mask && !p.mask[t]) {
-    std::fill(weights, weights + k, Real(0));
-    std::fill(experts, experts + k, -1);
-    *logsumexp = 0;
-    return;
+  const int32_t count = int32_t(std::min<int64_t>(kLanes, p.n_tokens - first));
+  const Real lowest = -std::numeric_limits<Real>::infinity();
+  Real* logits = block->logits.data();
+  Key* keys = block->keys.data();
+  for (int32_t i = 0; i < kLanes; ++i) {  // lanes past the last token repeat it
+    const int64_t t = first + std::min(i, count - 1);
+    const T* row = static_cast<const T*>(p.logits) + t * p.logits_stride;
+    for (int32_t e = 0; e < n; ++e) logits[e * kLanes + i] = load(row[e]);
   }
 
-  alignas(64) Real logits[kMaxExperts];
-  alignas(64) Real choice[kMaxExperts];
-  alignas(64) Key keys[kMaxExperts];
-  for (int32_t e = 0; e < n; ++e) logits[e] = load(row[e]);
-  for (int32_t e = 0; e < n; ++e) keys[e] = order_key(logits[e]);
-
+  Key top[kLanes];
+  std::fill(top, top + kLanes, lowest_key<Key>());
+  for (int32_t e = 0; e < n; ++e) {
+    SPARSEMOE_LANES(i) {
+      const Real logit = logits[e * kLanes + i];
+      const Key key = order_key(logit == logit ? logit : lowest);  // NaN as -infinity
+      keys[e * kLanes + i] = key;
+      top[i] = std::max(top[i], key);
+    }
+  }
   // log-sum-exp, with the shift of torch.logsumexp: none where the largest is infinite.
-  Key top_key;
-  const Real top = logits[argmax(keys, n, &top_key)];
-  const Real shift = std::isinf(top) ? Real(0) : top;
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int32_t e = 0; e < n; ++e) sum += exp_(logits[e] - shift);
-  const Real lse = shift + std::log(sum);
-  *logsumexp = lse;
+  Real shift[kLanes], sum[kLanes] = {}, lse[kLanes];
+  SPARSEMOE_LANES(i) {
+    shift[i] = key_to_real(top[i]);
+    shift[i] = std::isinf(shift[i]) ? Real(0) : shift[i];
+  }
+  for (int32_t e = 0; e < n; ++e) {
+    SPARSEMOE_LANES(i) sum[i] += exp_(logits[e * kLanes + i] - shift[i]);
+  }
+  SPARSEMOE_LANES(i) lse[i] = shift[i] + std::log(sum[i]);
+  if (p.bias || p.n_group > 1 || p.threshold) choose_by_score(block, lse, p);
 
-  const Real* bias = static_cast<const Real*>(p.bias);
-  const Real* threshold = static_cast<const Real*>(p.threshold);
-  const bool softmax = p.scoring == Scoring::softmax, sigmoid = p.scoring == Scoring::sigmoid;
-  if (bias || p.n_group > 1 || threshold) {
-    // `choice` first holds the scores.
-    if (softmax) {
-      for (int32_t e = 0; e < n; ++e) choice[e] = exp_(logits[e] - lse);
-    } else if (sigmoid) {
-      for (int32_t e = 0; e < n; ++e) choice[e] = 1 / (1 + exp_(-logits[e]));
-    } else {
-      std::copy(logits, logits + n, choice);
+  // Sorted lists of the k best, into which every expert is pushed from the top: an equal key stays
+  // below, so of equals the lower expert comes first.
+  Key best[kMaxTopK][kLanes];
+  int32_t index[kMaxTopK][kLanes];
+  for (int32_t j = 0; j < k; ++j) {
+    std::fill(best[j], best[j] + kLanes, lowest_key<Key>());
+    std::fill(index[j], index[j] + kLanes, -1);
+  }
+  for (int32_t e = 0; e < n; ++e) {
+    Key key[kLanes];
+    int32_t expert[kLanes];
+    SPARSEMOE_LANES(i) {
+      key[i] = keys[e * kLanes + i];
+      expert[i] = e;
     }
-    bool below[kMaxExperts];
-    if (threshold) {
-      for (int32_t e = 0; e < n; ++e) below[e] = !(choice[e] >= threshold[e]);
-    }
-    if (bias || p.n_group > 1) {
-      for (int32_t e = 0; e < n; ++e) {
-        const Real value = choice[e] + (bias ? bias[e] : Real(0));
-        choice[e] = value != value ? -std::numeric_limits<Real>::infinity() : value;
-        keys[e] = order_key(choice[e]);
+    for (int32_t j = 0; j < k; ++j) {
+      SPARSEMOE_LANES(i) {
+        const Key other = best[j][i];
+        const int32_t other_expert = index[j][i];
+        const bool above = key[i] > other;
+        best[j][i] = above ? key[i] : other;
+        index[j][i] = above ? expert[i] : other_expert;
+        key[i] = above ? other : key[i];
+        expert[i] = above ? other_expert : expert[i];
       }
     }
-    if (p.n_group > 1) limit_groups(choice, keys, p);
-    if (threshold) {
-      for (int32_t e = 0; e < n; ++e) keys[e] = below[e] ? lowest_key<Key>() : keys[e];
-    }
   }
 
-  // Choose, then weigh.
+  const bool sigmoid = p.scoring == Scoring::sigmoid;
+  const bool over_chosen = !sigmoid && (p.scoring != Scoring::softmax || p.renormalize);
+  Real weight[kMaxTopK][kLanes], base[kLanes], total[kLanes] = {};
+  SPARSEMOE_LANES(i) base[i] = over_chosen ? lowest : lse[i];
   for (int32_t j = 0; j < k; ++j) {
-    Key key;
-    const int32_t e = argmax(keys, n, &key);
-    const bool found = key > lowest_key<Key>();
-    experts[j] = found ? e : -1;
-    if (found) keys[e] = lowest_key<Key>();
+    SPARSEMOE_LANES(i) {
+      weight[j][i] = index[j][i] >= 0 ? logits[index[j][i] * kLanes + i] : lowest;
+      if (over_chosen) base[i] = weight[j][i] > base[i] ? weight[j][i] : base[i];
+    }
   }
-  const bool over_chosen = !sigmoid && (!softmax || p.renormalize);
-  Real base = over_chosen ? -std::numeric_limits<Real>::infinity() : lse;
-  if (over_chosen) {
+  for (int32_t j = 0; j < k; ++j) {
+    SPARSEMOE_LANES(i) {
+      const Real value = sigmoid ? sigmoid_(weight[j][i]) : exp_(weight[j][i] - base[i]);
+      weight[j][i] = index[j][i] >= 0 ? value : Real(0);
+      total[i] += weight[j][i];
+    }
+  }
+  for (int32_t i = 0; i < count; ++i) {
+    const int64_t t = first + i;
+    const bool masked = p.mask && !p.mask[t];
+    const bool any = index[0][i] >= 0 && !masked;
+    Real factor = Real(p.scale);
+    if (over_chosen) factor /= total[i];
+    if (sigmoid && p.renormalize) factor /= total[i] + Real(1e-20);
+    static_cast<Real*>(p.logsumexp)[t] = masked ? Real(0) : lse[i];
     for (int32_t j = 0; j < k; ++j) {
-      if (experts[j] >= 0) base = logits[experts[j]] > base ? logits[experts[j]] : base;
+      static_cast<Real*>(p.weights)[t * k + j] = any ? weight[j][i] * factor : Real(0);
+      p.experts[t * k + j] = masked ? -1 : index[j][i];
     }
   }
-  Real total = 0;
-  for (int32_t j = 0; j < k; ++j) {
-    Real weight = 0;
-    if (experts[j] >= 0) {
-      const Real logit = logits[experts[j]];
-      weight = sigmoid ? 1 / (1 + exp_(-logit)) : exp_(logit - base);
-    }
-    weights[j] = weight;
-    total += weight;
-  }
-  Real factor = Real(p.scale);
-  if (over_chosen) factor = experts[0] >= 0 ? factor / total : Real(0);
-  if (sigmoid && p.renormalize) factor = factor / (total + Real(1e-20));
-  for (int32_t j = 0; j < k; ++j) weights[j] *= factor;
 }
 
 template <class T>
@@ -178,8 +235,11 @@ void gate_backward_token(const GateBackwardParams& p, int64_t t) {
 void gate(const GateParams& p) {
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    parallel_for(0, p.n_tokens, grain_for(64 * p.n_experts), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) gate_token<T>(p, t);
+    const int64_t n_blocks = (p.n_tokens + kLanes - 1) / kLanes;
+    const int64_t grain = grain_for(kLanes * 64 * p.n_experts);
+    parallel_for(0, n_blocks, grain, [&](int64_t begin, int64_t end) {
+      Block<acc_t<T>> space(p.n_experts);
+      for (int64_t block = begin; block < end; ++block) gate_block<T>(p, block * kLanes, &space);
     });
   });
 }

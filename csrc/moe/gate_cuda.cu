@@ -8,38 +8,66 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Slots of a lane that may still be chosen, as order keys (0: not), with its best at hand.
+// exp(x) for x <= 0 or so to 2^-22 of itself and 1e-38, in three instructions: these kernels are
+// bound by the instructions they issue.
+__device__ float quick_exp(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+}
+__device__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + quick_exp(-x)); }
+
+// The experts of a lane that may still be chosen, as order keys (0: none). The best lies in slot 0:
+// few slots are kept sorted, of many only the best is brought forward.
 template <int V>
 struct Candidates {
   uint32_t key[V];
-  uint32_t best;
-  int slot;
+  int expert[V];
 
-  __device__ void find_best() {
-    best = 0;
-    slot = 0;
+  __device__ void order(int i, int j) {  // so that slot i comes before slot j
+    const bool swap = key[j] > key[i] || (key[j] == key[i] && expert[j] < expert[i]);
+    const uint32_t k = key[i];
+    const int e = expert[i];
+    key[i] = swap ? key[j] : k;
+    expert[i] = swap ? expert[j] : e;
+    key[j] = swap ? k : key[j];
+    expert[j] = swap ? e : expert[j];
+  }
+  __device__ void prepare() {
+    if constexpr (V == 4) {
+      order(0, 1);
+      order(2, 3);
+      order(0, 2);
+      order(1, 3);
+      order(1, 2);
+    } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (key[i] > best) {
-        best = key[i];
-        slot = i;
-      }
+      for (int i = 1; i < V; ++i) order(0, i);
     }
   }
-  // The best expert of the warp, or -1; it cannot be taken again.
-  __device__ int take() {
-    const uint32_t top = __reduce_max_sync(kFullWarp, best);
-    const int winner = __ffs(__ballot_sync(kFullWarp, best == top)) - 1;
-    const int expert = __shfl_sync(kFullWarp, lane_id() * V + slot, winner);
-    if (top == 0) return -1;
-    if (lane_id() == winner) {
+  __device__ void drop_best() {
+    if constexpr (V <= 4) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        if (i == slot) key[i] = 0;
+      for (int i = 0; i + 1 < V; ++i) {
+        key[i] = key[i + 1];
+        expert[i] = expert[i + 1];
       }
-      find_best();
+      key[V - 1] = 0;
+    } else {
+      key[0] = 0;
+      prepare();
     }
-    return expert;
+  }
+  // Takes the warp's best expert, writes it to *chosen and returns its key; 0 if none is left.
+  // `lane_bit` is 1 << lane.
+  __device__ uint32_t take(int* chosen, unsigned lane_bit) {
+    const uint32_t top = __reduce_max_sync(kFullWarp, key[0]);
+    const unsigned best = __ballot_sync(kFullWarp, key[0] == top);
+    if ((best & (0 - best)) == lane_bit) {  // the lowest lane of those
+      *chosen = expert[0];
+      drop_best();
+    }
+    return top;
   }
 };
 
@@ -81,7 +109,8 @@ __device__ void limit_groups(const GateParams& p, uint32_t (&key)[V]) {
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) gate_kernel(const GateParams p, bool aligned) {
+__global__ void __launch_bounds__(kThreads)
+    gate_kernel(const GateParams p, float scale, bool aligned) {
   const int64_t t = blockIdx.x * int64_t(kThreads / 32) + warp_id();
   if (t >= p.n_tokens) return;
   const int lane = lane_id(), n = int(p.n_experts), k = int(p.top_k);
@@ -101,39 +130,44 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const GateParams p, bool
   float logit[V];
   load_row<V>(row, n, aligned, -kInfinity, logit);
 
-  // log-sum-exp, with the shift of torch.logsumexp: none where the largest is infinite.
-  float top = -kInfinity;
+  Candidates<V> candidates;
+  uint32_t top_key = 0;
 #pragma unroll
-  for (int i = 0; i < V; ++i) top = fmaxf(top, logit[i]);
-  top = warp_max(top);
+  for (int i = 0; i < V; ++i) {
+    const int e = lane * V + i;
+    candidates.key[i] = e < n ? order_key(fmaxf(logit[i], -kInfinity)) : 0;  // NaN as -infinity
+    candidates.expert[i] = e;
+    top_key = max(top_key, candidates.key[i]);
+  }
+
+  // log-sum-exp, with the shift of torch.logsumexp: none where the largest is infinite.
+  top_key = __reduce_max_sync(kFullWarp, top_key);
+  const float top = key_to_float(top_key);
   const float shift = isinf(top) ? 0.0f : top;
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < V; ++i) sum += expf(logit[i] - shift);
-  const float lse = shift + logf(warp_sum(sum));
+  for (int i = 0; i < V; ++i) sum += quick_exp(logit[i] - shift);
+  const float lse = shift + __logf(warp_sum(sum));
   if (lane == 0) *logsumexp = lse;
 
   const float* bias = static_cast<const float*>(p.bias);
   const float* threshold = static_cast<const float*>(p.threshold);
   const bool softmax = p.scoring == Scoring::softmax, sigmoid = p.scoring == Scoring::sigmoid;
-  Candidates<V> candidates;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    candidates.key[i] = lane * V + i < n ? order_key(logit[i]) : 0;
-  }
-  if (bias || p.n_group > 1 || threshold) {
+  const bool by_logit = !bias && p.n_group == 1;
+  const bool nan = lse != lse;  // then keys do not tell the logits
+  if (!by_logit || threshold) {
     uint32_t below = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const int e = lane * V + i;
       if (e >= n) continue;
       float score = logit[i];
-      if (softmax) score = expf(logit[i] - lse);
-      if (sigmoid) score = 1 / (1 + expf(-logit[i]));
+      if (softmax) score = quick_exp(logit[i] - lse);
+      if (sigmoid) score = quick_sigmoid(logit[i]);
       if (threshold && !(score >= threshold[e])) below |= 1u << i;
-      if (bias || p.n_group > 1) {
+      if (!by_logit) {
         const float choice = bias ? score + bias[e] : score;
-        candidates.key[i] = order_key(choice != choice ? -kInfinity : choice);
+        candidates.key[i] = order_key(fmaxf(choice, -kInfinity));
       }
     }
     if (p.n_group > 1) limit_groups<V>(p, candidates.key);
@@ -144,25 +178,31 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const GateParams p, bool
   }
 
   // Choose; then lane j weighs choice j.
-  candidates.find_best();
-  int expert = -1;
+  candidates.prepare();
+  __shared__ int chosen[kThreads / 32][kMaxTopK];
+  uint32_t key = 0;
+#pragma unroll 4
   for (int j = 0; j < k; ++j) {
-    const int chosen = candidates.take();
-    if (lane == j) expert = chosen;
+    const uint32_t taken = candidates.take(&chosen[warp_id()][j], 1u << lane);
+    if (lane == j) key = taken;
   }
+  __syncwarp();
+  const int expert = key ? chosen[warp_id()][lane] : -1;
   const bool over_chosen = !sigmoid && (!softmax || p.renormalize);
-  const float chosen_logit = expert >= 0 ? to_float(row[expert]) : -kInfinity;
-  const float base = over_chosen ? warp_max(chosen_logit) : lse;
+  float chosen_logit = -kInfinity;
+  if (expert >= 0) chosen_logit = by_logit && !nan ? key_to_float(key) : to_float(row[expert]);
+  float base = lse;
+  if (over_chosen) base = by_logit && !threshold ? top : warp_max(chosen_logit);
   float weight = 0;
   if (expert >= 0) {
-    weight = sigmoid ? 1 / (1 + expf(-chosen_logit)) : expf(chosen_logit - base);
+    weight = sigmoid ? quick_sigmoid(chosen_logit) : quick_exp(chosen_logit - base);
   }
   if (over_chosen || (sigmoid && p.renormalize)) {
     const float total = warp_sum(weight);
-    if (expert >= 0) weight /= sigmoid ? total + 1e-20f : total;
+    if (expert >= 0) weight = __fdividef(weight, sigmoid ? total + 1e-20f : total);
   }
   if (lane < k) {
-    weights[lane] = weight * float(p.scale);
+    weights[lane] = weight * scale;
     experts[lane] = expert;
   }
 }
@@ -206,8 +246,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < V; ++i) grad[i] = dense * expf(grad[i] - lse);
   }
-  const float mean =
-      over_chosen || (sigmoid && p.renormalize) ? inner / float(p.scale) : 0.0f;
+  const float mean = over_chosen || (sigmoid && p.renormalize) ? inner / float(p.scale) : 0.0f;
   float sparse = 0;
   if (expert >= 0) {
     sparse = weight * (grad_weight - mean);
@@ -233,7 +272,7 @@ int gate_cuda(const GateParams& p, void* stream) {
     return with_lane_width(p.n_experts, [&](auto width) {
       constexpr int V = decltype(width)::value;
       gate_kernel<T, V><<<blocks, kThreads, 0, cudaStream_t(stream)>>>(
-          p, rows_aligned<V, T>(p.logits, p.n_experts, p.logits_stride));
+          p, float(p.scale), rows_aligned<V, T>(p.logits, p.n_experts, p.logits_stride));
       return int(cudaGetLastError());
     });
   });

@@ -7,7 +7,7 @@
 
 namespace sparsemoe {
 
-constexpr int64_t kLossBlocks = 128;  // partial sums, added in order
+constexpr int64_t kLossBlocks = 512;  // partial sums, added in order
 
 // n_experts * sum_e fraction(e) * mean probability(e); fraction(e) = counts[e] / sum(counts).
 struct LoadBalanceParams {

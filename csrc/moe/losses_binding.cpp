@@ -1,6 +1,7 @@
+#include "moe/losses.h"
+
 #include "common/tensor.h"
 #include "moe/gate.h"
-#include "moe/losses.h"
 
 namespace sparsemoe {
 namespace {
@@ -11,15 +12,14 @@ struct BalanceInputs {
   DType dtype;
 
   BalanceInputs(const Tensor& logits_in, const Tensor& counts_in, const OptionalTensor& mask_in)
-      : logits((check_dim(logits_in, 2, "logits", "[tokens, experts]"),
-                with_dense_rows(logits_in))),
+      : logits(
+            (check_dim(logits_in, 2, "logits", "[tokens, experts]"), with_dense_rows(logits_in))),
         counts(int32_input(counts_in, logits, "counts", "logits")),
         mask(checked(mask_in, logits, "logits", ScalarType::Bool, logits.size(0), "mask",
                      "[tokens]")),
         dtype(real_dtype(logits, "logits")) {
-    SPARSEMOE_CHECK(logits.size(1) >= 1 && logits.size(1) <= kMaxExperts,
-                    "logits must have 1 to ", kMaxExperts, " experts, got shape ",
-                    shape_text(logits));
+    SPARSEMOE_CHECK(logits.size(1) >= 1 && logits.size(1) <= kMaxExperts, "logits must have 1 to ",
+                    kMaxExperts, " experts, got shape ", shape_text(logits));
     check_dim(counts, 1, "counts", "[experts]");
     check_size(counts, 0, logits.size(1), "counts", "[experts]");
   }

@@ -7,23 +7,6 @@
 namespace sparsemoe {
 namespace SPARSEMOE_ISA {
 
-template <class T, class Real>
-void probabilities(const T* row, int64_t n, Real* out) {
-  Real top = -std::numeric_limits<Real>::infinity();
-  for (int64_t e = 0; e < n; ++e) {
-    out[e] = load(row[e]);
-    top = out[e] > top ? out[e] : top;
-  }
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t e = 0; e < n; ++e) {
-    out[e] = exp_(out[e] - top);
-    sum += out[e];
-  }
-  const Real inverse = 1 / sum;
-  for (int64_t e = 0; e < n; ++e) out[e] *= inverse;
-}
-
 inline int64_t total(const int32_t* counts, int64_t n) {
   int64_t sum = 0;
   for (int64_t e = 0; e < n; ++e) sum += counts[e];
@@ -50,18 +33,18 @@ void balance(const LoadBalanceParams& p) {
       const int64_t stop = std::min(p.n_tokens, (block + 1) * per_block);
       for (int64_t t = block * per_block; t < stop; ++t) {
         if (p.mask && !p.mask[t]) continue;
-        probabilities(static_cast<const T*>(p.logits) + t * p.logits_stride, n, row.data());
+        softmax_row(static_cast<const T*>(p.logits) + t * p.logits_stride, n, row.data());
         for (int64_t e = 0; e < n; ++e) sum[e] += row[e];
       }
     }
   });
   const Real tokens = Real(unmasked(p.mask, p.n_tokens)), pairs = Real(total(p.counts, n));
-  Real loss = 0;
-  for (int64_t e = 0; e < n; ++e) {
-    Real sum = 0;
-    for (int64_t block = 0; block < kLossBlocks; ++block) sum += partial[block * n + e];
-    loss += Real(p.counts[e]) / pairs * (sum / tokens);
+  std::vector<Real> sum(n);
+  for (int64_t block = 0; block < kLossBlocks; ++block) {
+    for (int64_t e = 0; e < n; ++e) sum[e] += partial[block * n + e];
   }
+  Real loss = 0;
+  for (int64_t e = 0; e < n; ++e) loss += Real(p.counts[e]) / pairs * (sum[e] / tokens);
   *static_cast<Real*>(p.loss) = loss * Real(n);
 }
 
@@ -79,7 +62,7 @@ void balance_backward(const LoadBalanceBackwardParams& p) {
         for (int64_t e = 0; e < n; ++e) store(out + e, Real(0));
         continue;
       }
-      probabilities(static_cast<const T*>(p.logits) + t * p.logits_stride, n, row.data());
+      softmax_row(static_cast<const T*>(p.logits) + t * p.logits_stride, n, row.data());
       Real inner = 0;
 #pragma omp simd reduction(+ : inner)
       for (int64_t e = 0; e < n; ++e) inner += row[e] * Real(p.counts[e]);
@@ -113,8 +96,7 @@ void z_loss(const ZLossParams& p) {
 template <class Real>
 void z_loss_backward(const ZLossBackwardParams& p) {
   const Real* lse = static_cast<const Real*>(p.logsumexp);
-  const Real factor =
-      2 * *static_cast<const Real*>(p.grad) / Real(unmasked(p.mask, p.n_tokens));
+  const Real factor = 2 * *static_cast<const Real*>(p.grad) / Real(unmasked(p.mask, p.n_tokens));
   for (int64_t t = 0; t < p.n_tokens; ++t) {
     static_cast<Real*>(p.grad_logsumexp)[t] = !p.mask || p.mask[t] ? factor * lse[t] : Real(0);
   }
@@ -153,9 +135,7 @@ void update_expert_bias(const UpdateBiasParams& p) {
 #else
 namespace sparsemoe {
 
-void load_balance_loss_cpu(const LoadBalanceParams& p) {
-  SPARSEMOE_BEST_ISA(load_balance_loss, p);
-}
+void load_balance_loss_cpu(const LoadBalanceParams& p) { SPARSEMOE_BEST_ISA(load_balance_loss, p); }
 void load_balance_loss_backward_cpu(const LoadBalanceBackwardParams& p) {
   SPARSEMOE_BEST_ISA(load_balance_loss_backward, p);
 }

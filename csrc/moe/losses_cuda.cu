@@ -80,13 +80,14 @@ __global__ void __launch_bounds__(1024) balance_total_kernel(const LoadBalancePa
   float weighted = 0;
   for (int i = threadIdx.x; i < parts * n; i += 1024) {
     float sum = 0;
+#pragma unroll 16
     for (int block = i / n; block < kLossBlocks; block += parts) sum += sums[block * n + i % n];
     weighted += sum * float(p.counts[i % n]);
   }
   int pairs = 0;
   for (int e = threadIdx.x; e < n; e += 1024) pairs += p.counts[e];
-  const float tokens = block_sum(
-      threadIdx.x < kLossBlocks ? sums[kLossBlocks * n + threadIdx.x] : 0.0f);
+  const float tokens =
+      block_sum(threadIdx.x < kLossBlocks ? sums[kLossBlocks * n + threadIdx.x] : 0.0f);
   const float total = block_sum(weighted);
   const int all_pairs = block_sum(pairs);
   if (threadIdx.x == 0) {
@@ -117,8 +118,8 @@ __global__ void __launch_bounds__(kThreads)
   pairs = block_sum(pairs);
   __syncthreads();
   const float tokens = p.mask ? *static_cast<const float*>(p.workspace) : float(p.n_tokens);
-  const float factor = *static_cast<const float*>(p.grad) * float(n) /
-                       (fmaxf(tokens, 1.0f) * float(max(pairs, 1)));
+  const float factor =
+      *static_cast<const float*>(p.grad) * float(n) / (fmaxf(tokens, 1.0f) * float(max(pairs, 1)));
   const int64_t step = int64_t(gridDim.x) * kWarps;
   for (int64_t t = blockIdx.x * int64_t(kWarps) + warp_id(); t < p.n_tokens; t += step) {
     float grad[V] = {};
@@ -217,8 +218,7 @@ int load_balance_loss_cuda(const LoadBalanceParams& p, void* stream_) {
 int load_balance_loss_backward_cuda(const LoadBalanceBackwardParams& p, void* stream_) {
   const cudaStream_t stream = cudaStream_t(stream_);
   if (p.mask) {
-    count_mask_kernel<<<1, 1024, 0, stream>>>(p.mask, p.n_tokens,
-                                              static_cast<float*>(p.workspace));
+    count_mask_kernel<<<1, 1024, 0, stream>>>(p.mask, p.n_tokens, static_cast<float*>(p.workspace));
   }
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(p.n_tokens, kWarps), 1056));
   return with_cuda_dtype(p.dtype, [&](auto* type) {

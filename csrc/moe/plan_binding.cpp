@@ -1,9 +1,10 @@
+#include "moe/plan.h"
+
 #include <algorithm>
 #include <tuple>
 
 #include "common/tensor.h"
 #include "moe/gate.h"
-#include "moe/plan.h"
 
 namespace sparsemoe {
 namespace {
@@ -69,8 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan(const Tensor& experts_in
   return {offsets, counts, row_token, row_pair, token_rows};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan_from_tokens(
-    const Tensor& tokens_in, int64_t num_tokens) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan_from_tokens(const Tensor& tokens_in,
+                                                                            int64_t num_tokens) {
   check_dim(tokens_in, 2, "tokens", "[experts, rows of each]");
   const Tensor tokens = int32_input(tokens_in, tokens_in, "tokens", "tokens");
   const int64_t n_experts = tokens.size(0), n_rows = tokens.numel();

@@ -15,8 +15,7 @@ constexpr int64_t kPairsPerBlock = 2048;
 // A stable counting sort of the pairs by expert.
 void sort_pairs(const PlanParams& p, int32_t* offsets, int32_t* row_pair) {
   const int64_t n_pairs = p.n_tokens * p.top_k, n_experts = p.n_experts;
-  const int64_t per_block =
-      std::max(kPairsPerBlock, (n_pairs + kPlanBlocks - 1) / kPlanBlocks);
+  const int64_t per_block = std::max(kPairsPerBlock, (n_pairs + kPlanBlocks - 1) / kPlanBlocks);
   const int64_t n_blocks = (n_pairs + per_block - 1) / per_block;
   int32_t* next = static_cast<int32_t*>(p.workspace);  // [n_blocks, n_experts]
 

@@ -11,7 +11,7 @@ namespace {
 constexpr int kCounters = 8192;  // shared memory for one counter a warp and expert
 constexpr int kMaxBlocks = 132;
 constexpr int kPairsPerThread = 2;
-constexpr int kKeepThreads = 512;
+constexpr int kKeepThreads = 1024;
 
 // As many warps as have room for their counters.
 int threads_for(int64_t n_experts) {
@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(1024)
                  int32_t* row_pair) {
   extern __shared__ int shared[];
   const int n = int(p.n_experts), n_warps = blockDim.x / 32;
-  int* start = shared;          // [n] the expert's first row
-  int* before = shared + n;     // [n] rows of the expert in earlier blocks
-  int* next = shared + 2 * n;   // [n_warps, n] each warp's next row
+  int* start = shared;         // [n] the expert's first row
+  int* before = shared + n;    // [n] rows of the expert in earlier blocks
+  int* next = shared + 2 * n;  // [n_warps, n] each warp's next row
   const int32_t* counts = static_cast<const int32_t*>(p.workspace);
   for (int e = threadIdx.x; e < 2 * n; e += blockDim.x) start[e] = 0;
   for (int i = threadIdx.x; i < n_warps * n; i += blockDim.x) next[i] = 0;

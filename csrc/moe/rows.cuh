@@ -1,5 +1,4 @@
-// What the kernels that move rows by a plan share. A warp works on one token, so that the token's
-// vector passes through registers once; its rows are read off the plan one a lane.
+// What the kernels that move rows by a plan share.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -29,25 +28,23 @@ __device__ inline int row_of(const RowMap& map, int64_t i) {
   return uint32_t(row) < uint64_t(map.n_rows) ? row : -1;
 }
 
-// Blocks that cover `warps` warps, and one warp for every 32 rows that clears those without token.
-inline unsigned blocks_with_clearing(int64_t warps, int64_t n_rows) {
-  return unsigned(ceil_div(warps + ceil_div(n_rows, 32), kRowWarps));
-}
-
-// Clears the rows without token among the 32 of this warp, and tells `cleared(row)` of each.
+// Of the rows that fall to worker `worker` of `n_workers` warps, clears those without token, and
+// tells `cleared(row)` of each.
 template <class P, class F>
-__device__ void clear_unused(const RowMap& map, int64_t warp, P* rows, int64_t packs_per_row,
-                             F cleared) {
-  const int64_t first = warp * 32;
-  const int64_t row = first + lane_id();
-  const bool unused =
-      row < map.n_rows && uint32_t(map.row_token[row]) >= uint64_t(map.n_tokens);
-  unsigned todo = __ballot_sync(kFullWarp, unused);
-  while (todo) {
-    const int64_t r = first + __ffs(todo) - 1;
-    todo &= todo - 1;
-    for (int64_t c = lane_id(); c < packs_per_row; c += 32) rows[r * packs_per_row + c] = P{};
-    if (lane_id() == 0) cleared(r);
+__device__ void clear_unused(const RowMap& map, int64_t worker, int64_t n_workers, P* rows,
+                             int64_t packs_per_row, F cleared) {
+  const int64_t share = (map.n_rows + n_workers - 1) / n_workers;
+  const int64_t end = min((worker + 1) * share, map.n_rows);
+  for (int64_t first = worker * share; first < end; first += 32) {
+    const int64_t row = first + lane_id();
+    const bool unused = row < end && uint32_t(map.row_token[row]) >= uint64_t(map.n_tokens);
+    unsigned todo = __ballot_sync(kFullWarp, unused);
+    while (todo) {
+      const int64_t r = first + __ffs(todo) - 1;
+      todo &= todo - 1;
+      for (int64_t c = lane_id(); c < packs_per_row; c += 32) rows[r * packs_per_row + c] = P{};
+      if (lane_id() == 0) cleared(r);
+    }
   }
 }
 
@@ -55,10 +52,10 @@ __device__ void clear_unused(const RowMap& map, int64_t warp, P* rows, int64_t p
 // every one of the given byte counts and addresses.
 template <class F>
 int with_pack(int64_t everything, F f) {
-  if (everything % 16 == 0) return f(static_cast<Pack<uint32_t, 4>*>(nullptr));
-  if (everything % 8 == 0) return f(static_cast<Pack<uint32_t, 2>*>(nullptr));
-  if (everything % 4 == 0) return f(static_cast<Pack<uint32_t, 1>*>(nullptr));
-  return f(static_cast<Pack<uint16_t, 1>*>(nullptr));
+  if (everything % 16 == 0) return f(static_cast<uint4*>(nullptr));
+  if (everything % 8 == 0) return f(static_cast<uint2*>(nullptr));
+  if (everything % 4 == 0) return f(static_cast<uint32_t*>(nullptr));
+  return f(static_cast<uint16_t*>(nullptr));
 }
 
 }  // namespace sparsemoe

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +130,8 @@ def _add_train(commands: Any) -> None:
         usage="sparsemoe train [--config FILE] [--data PATH ...] [--out DIR] [--resume] "
         "[section.key=value ...]",
         description="Trains a model on the bytes of any files. A part of the files is held out\n"
-        "to validate on. Checkpoints and metrics go to the run's folder.",
+        "to validate on. Checkpoints and metrics go to the run's folder. Ctrl-C ends the run\n"
+        "after the step at hand, with a checkpoint; again Ctrl-C ends it at once.",
         epilog=OVERRIDES_HELP
         + """
 
@@ -193,9 +196,24 @@ def run_train(args: argparse.Namespace) -> None:
         print(f"resumed {saved.path} at step {saved.step}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
-    with make_progress() as trainer.progress:
+    with _gentle_stop(trainer), make_progress() as trainer.progress:
         trainer.fit()
     print(f"step {trainer.step}; checkpoints and metrics are in {out}")
+
+
+@contextlib.contextmanager
+def _gentle_stop(trainer: Any) -> Iterator[None]:
+    """The first Ctrl-C ends training after the step at hand, with a checkpoint."""
+
+    def stop(*_: object) -> None:
+        trainer.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _add_generate(commands: Any) -> None:

@@ -29,7 +29,9 @@ def test_forward_backward_and_metrics(device, options):
     x = torch.randn(3, 16, 32, device=device, requires_grad=True)
     y, routing = layer(x)
     assert y.shape == x.shape
-    (y.square().mean() + 0.01 * routing.load_balance_loss + 0.001 * routing.router_z_loss).backward()
+    (
+        y.square().mean() + 0.01 * routing.load_balance_loss + 0.001 * routing.router_z_loss
+    ).backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name

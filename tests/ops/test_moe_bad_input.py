@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a table: one case a line)
 """Every wrong input gets one sentence that names the argument, what came and what must come."""
 
 import pytest

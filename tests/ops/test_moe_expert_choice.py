@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from tests.ops.moe_cases import EXPERTS, close, dtypes, equal_plans
 
 from sparsemoe.ops import moe
 from sparsemoe.reference import moe as reference
+from tests.ops.moe_cases import EXPERTS, close, dtypes, equal_plans
 
 
 def check(logits, capacity, **options):
@@ -26,7 +26,9 @@ def check(logits, capacity, **options):
 
     n_groups = options.get("n_groups", 1)
     chosen, wanted = (
-        torch.zeros_like(scores.T).scatter_add_(1, r.tokens.clamp(min=0).long(), (r.tokens >= 0).to(real))
+        torch.zeros_like(scores.T).scatter_add_(
+            1, r.tokens.clamp(min=0).long(), (r.tokens >= 0).to(real)
+        )
         for r in (actual, expected)
     )
     assert chosen.max() <= 1 or not chosen.numel()

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.ops.moe_cases import close, routed
 
 from sparsemoe.ops import moe
 from sparsemoe.reference import moe as reference
+from tests.ops.moe_cases import routed
 
 
 def layer(n_tokens, hidden, inner, n_experts, activation, device, dtype):

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from tests.ops.moe_cases import EXPERTS, TOKENS, close, distinct_logits, dtypes
 
 from sparsemoe.ops import moe
 from sparsemoe.reference import moe as reference
+from tests.ops.moe_cases import EXPERTS, TOKENS, close, distinct_logits, dtypes
 
 SCORINGS = ["softmax", "sigmoid", "softmax_after_topk"]
 
@@ -54,7 +54,14 @@ def test_bias_moves_the_choice_and_not_the_weight(device, scoring):
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize(
     "n_experts,n_group,topk_group,top_k",
-    [(256, 8, 4, 8), (64, 8, 2, 6), (32, 32, 5, 5), (96, 3, 1, 32), (40, 5, 5, 4), (1024, 32, 3, 9)],
+    [
+        (256, 8, 4, 8),
+        (64, 8, 2, 6),
+        (32, 32, 5, 5),
+        (96, 3, 1, 32),
+        (40, 5, 5, 4),
+        (1024, 32, 3, 9),
+    ],
 )
 def test_groups(device, scoring, n_experts, n_group, topk_group, top_k):
     logits = distinct_logits(40, n_experts, device)
@@ -116,7 +123,13 @@ def test_nan_and_infinity_never_give_a_wrong_expert(device, scoring, bad, how_ma
 
 def test_strided_logits(device):
     wide = torch.randn(30, 100, device=device)
-    for logits in (wide[:, 3:43], wide[::2, :40], wide.T[:40], wide[:, :80:2], wide[:1].expand(9, 100)):
+    for logits in (
+        wide[:, 3:43],
+        wide[::2, :40],
+        wide.T[:40],
+        wide[:, :80:2],
+        wide[:1].expand(9, 100),
+    ):
         check(logits, 5)
 
 
@@ -133,8 +146,8 @@ def test_gradient_in_float64():
         for renormalize in (False, True):
             for extra in ({}, {"mask": mask}, {"threshold": torch.full((12,), 0.1).double()}):
                 assert torch.autograd.gradcheck(
-                    lambda x, s=scoring, r=renormalize, o=extra: (
-                        moe.gate(x, 4, scoring=s, renormalize=r, scale=1.5, **o)[::2]
-                    ),
+                    lambda x, s=scoring, r=renormalize, o=extra: moe.gate(
+                        x, 4, scoring=s, renormalize=r, scale=1.5, **o
+                    )[::2],
                     logits,
                 )

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.ops.moe_cases import EXPERTS, TOKENS, close, dtypes
 
 from sparsemoe.ops import moe
 from sparsemoe.reference import moe as reference
+from tests.ops.moe_cases import EXPERTS, TOKENS, close, dtypes
 
 
 def check_balance(logits, counts, mask=None):
@@ -87,7 +87,9 @@ def test_update_expert_bias(device, n_experts):
 def test_the_bias_balances_a_skewed_router(device):
     logits = torch.randn(2000, 8, device=device) + torch.linspace(-2, 2, 8, device=device)
     bias = torch.zeros(8, device=device)
-    for _ in range(300):
+    for step in range(400):
         counts = moe.plan(moe.gate(logits, 2, scoring="sigmoid", bias=bias).experts, 8).counts
-        moe.update_expert_bias_(bias, counts, 0.01)
-    assert counts.max() < 1.1 * counts.float().mean()
+        if step == 0:
+            assert counts.max() > 2 * counts.float().mean()
+        moe.update_expert_bias_(bias, counts, 0.004)
+    assert counts.max() < 1.15 * counts.float().mean()

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.ops.moe_cases import EXPERTS, equal_plans, routed
 
 from sparsemoe.ops import moe
 from sparsemoe.reference import moe as reference
+from tests.ops.moe_cases import EXPERTS, equal_plans, routed
 
 
 @pytest.mark.parametrize("n_experts", EXPERTS)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.ops.moe_cases import TOKENS, WIDTHS, close, dtypes, routed
 
 from sparsemoe.ops import moe
 from sparsemoe.reference import moe as reference
+from tests.ops.moe_cases import TOKENS, WIDTHS, close, dtypes, routed
 
 
 def plans(n_tokens, n_experts, top_k, device):
@@ -38,7 +38,10 @@ def check(x, plan, weights):
     for scale in (weights, None):
         actual_rows, expected_rows = (values.clone().requires_grad_() for _ in range(2))
         w = [None if scale is None else scale.clone().requires_grad_() for _ in range(2)]
-        y, expected = moe.combine(actual_rows, plan, w[0]), reference.combine(expected_rows, plan, w[1])
+        y, expected = (
+            moe.combine(actual_rows, plan, w[0]),
+            reference.combine(expected_rows, plan, w[1]),
+        )
         assert y.dtype == dtype
         close(y, expected)
         upstream = torch.randn_like(y)

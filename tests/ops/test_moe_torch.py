@@ -1,10 +1,10 @@
-"""Every moe op as torch's other machinery sees it: opcheck, compile, export, autocast, CUDA graphs."""
+"""Every moe op under torch's machinery: opcheck, compile, export, autocast, CUDA graphs."""
 
 import pytest
 import torch
-from tests.ops.moe_cases import routed
 
 from sparsemoe.ops import moe
+from tests.ops.moe_cases import routed
 
 OPS = torch.ops.sparsemoe
 
@@ -74,7 +74,9 @@ def test_a_bare_call_is_differentiable(device, name):
     wanted = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
     if wanted:
         grads = torch.autograd.grad(differentiable(op(*arguments)), wanted)
-        assert all(g.shape == a.shape and g.abs().sum() > 0 for g, a in zip(grads, wanted, strict=True))
+        assert all(
+            g.shape == a.shape and g.abs().sum() > 0 for g, a in zip(grads, wanted, strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,8 +85,12 @@ def test_same_bits_on_every_run(device, name):
     inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
     first = None
     for _ in range(3):
-        fresh = [a.clone() if a is not None and not isinstance(a, (int, float, str)) and not
-                 a.requires_grad else a for a in arguments]
+        fresh = [
+            a.clone()
+            if a is not None and not isinstance(a, (int, float, str)) and not a.requires_grad
+            else a
+            for a in arguments
+        ]
         result = leaves(op(*fresh))
         if inputs:
             result += torch.autograd.grad(differentiable(op(*fresh)), inputs)

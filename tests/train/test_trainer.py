@@ -9,6 +9,7 @@ from sparsemoe.data import load_corpora
 from sparsemoe.train import checkpoint
 from sparsemoe.train.config import ConfigError
 from sparsemoe.train.device import choose_device, choose_precision
+from sparsemoe.train.progress import Progress
 from sparsemoe.train.trainer import Trainer, TrainError, load_model
 from tests.tiny_lm import tiny_run, write_files
 
@@ -162,6 +163,18 @@ def test_ends_at_the_deadline(corpora):
     assert trainer.step == trainer.total_steps > 12
     rates = [r["learning_rate"] for r in trainer.records]
     assert rates[-1] < 0.5 * max(rates)
+
+
+def test_stops_with_a_checkpoint(corpora, tmp_path):
+    trainer = Trainer(tiny_run(steps=100), *corpora, tmp_path)
+
+    class Stop(Progress):
+        def update(self, record):
+            trainer.stop = record["step"] == 4
+
+    trainer.progress = Stop()
+    trainer.fit()
+    assert trainer.step == 5 and checkpoint.find(tmp_path).step == 5
 
 
 def test_validation_changes_nothing(corpora):

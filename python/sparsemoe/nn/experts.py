@@ -65,9 +65,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
         """x [T, H] -> y [T, H]; see :func:`sparsemoe.ops.moe.experts`."""
-        return ops.moe.experts(
-            x, self.gate_up_proj, self.down_proj, plan, weights, self.activation
-        )
+        return ops.moe.experts(x, self.gate_up_proj, self.down_proj, plan, weights, self.activation)
 
     def extra_repr(self) -> str:
         n, hidden, inner = self.down_proj.shape

@@ -13,7 +13,7 @@ from .routers import ExpertChoiceRouter, RouterOutput, TopKRouter
 
 
 class Routing(NamedTuple):
-    """How a layer routed a batch. Tensors on the layer's device: nothing waits until one is read."""
+    """How a layer routed a batch, in tensors on its device: nothing waits until one is read."""
 
     load_balance_loss: Tensor  # scalar, 1 at perfect balance; differentiable
     router_z_loss: Tensor  # scalar; differentiable
@@ -91,9 +91,7 @@ class MoE(nn.Module):
                 )
             self.router = ExpertChoiceRouter(hidden_size, num_experts, top_k, **router_options)
         else:
-            raise ValueError(
-                f"router must be 'topk', 'expert_choice' or a module, got {router!r}"
-            )
+            raise ValueError(f"router must be 'topk', 'expert_choice' or a module, got {router!r}")
         self.hidden_size = hidden_size
         self.experts = Experts(num_experts, hidden_size, intermediate_size, activation)
         self.shared_experts = (

@@ -109,7 +109,7 @@ class TopKRouter(nn.Module):
     def update_bias(self, counts: Tensor, rate: float = 1e-3) -> None:
         """Move the bias towards balance, after a step; `counts` as in `Plan.counts`."""
         if self.expert_bias is None:
-            raise ValueError("expert_bias must be True for a router whose bias is updated, got False")
+            raise ValueError("expert_bias must be True where the bias is updated, got False")
         ops.moe.update_expert_bias_(self.expert_bias, counts, rate)
 
 

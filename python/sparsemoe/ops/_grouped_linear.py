@@ -7,12 +7,15 @@ and so cannot be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import impl, register_autograd, register_fake
 
 _ops = torch.ops.sparsemoe
-_grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(
+_grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(
     torch, "_grouped_mm", None
 )
 
@@ -31,7 +34,7 @@ def _in_one_launch(*tensors: Tensor) -> bool:
 def _blocks(offsets: Tensor):
     """(expert, first row, row past the last) of each expert that has rows."""
     bounds = offsets.tolist()
-    for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (a, b) in enumerate(pairwise(bounds)):
         if b > a:
             yield e, a, b
 

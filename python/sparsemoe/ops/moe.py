@@ -145,7 +145,10 @@ def plan(
         raise ValueError("weights must be given for drop_policy='weight', got None")
     by_weight = drop_policy == "weight" and capacity is not None and weights is not None
     keys = weights.detach().float() if by_weight and weights is not None else None
-    return Plan(*_ops.plan(experts, num_experts, capacity, keys), None)
+    offsets, counts, row_token, row_pair, token_rows = _ops.plan(
+        experts, num_experts, capacity, keys
+    )
+    return Plan(offsets, counts, row_token, row_pair, token_rows, None)
 
 
 def plan_from_tokens(tokens: Tensor, num_tokens: int) -> Plan:
@@ -225,9 +228,7 @@ def experts(
         matrix products run in autocast's dtype. Host sync: see :func:`grouped_linear`.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     n_experts, width, hidden = gate_up_proj.shape
     inner = width // ACTIVATIONS[activation]
     if x.dim() != 2 or x.shape[1] != hidden:

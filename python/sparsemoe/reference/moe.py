@@ -6,6 +6,8 @@ Every function here is differentiable by autograd alone and exact in float64.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,7 +96,7 @@ def expert_choice(
     logits: Tensor, capacity: int, n_groups: int = 1, mask: Tensor | None = None
 ) -> ExpertChoice:
     """Each expert takes the `capacity` tokens of each group that score highest (Zhou et al.,
-    arXiv 2202.09368, eq. 1-2); listed in the order of the tokens, -1 last where too few are unmasked.
+    arXiv 2202.09368, eq. 1-2); in the order of the tokens, -1 last where too few are unmasked.
     """
     logits = _real(logits)
     n_tokens, n_experts = logits.shape
@@ -129,8 +131,11 @@ def plan(
     drop_policy: str = "order",
     weights: Tensor | None = None,
 ) -> Plan:
-    """Rows sorted by expert, and by pair within an expert. With a capacity an expert keeps its first
-    C pairs, all first choices before second choices (GShard, arXiv 2006.16668), or its C heaviest."""
+    """Rows sorted by expert, and by pair within an expert.
+
+    With a capacity an expert keeps its first C pairs, all first choices before second choices
+    (GShard, arXiv 2006.16668), or its C heaviest.
+    """
     n_tokens, k = experts.shape
     device = experts.device
     flat = experts.flatten().long()
@@ -212,7 +217,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """y[r] = weight[e] @ x[r] for the rows r of expert e: offsets[e] <= r < offsets[e+1]; zero past
     the last offset."""
     bounds = offsets.tolist()
-    parts = [x[a:b] @ weight[e].T for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))]
+    parts = [x[a:b] @ weight[e].T for e, (a, b) in enumerate(pairwise(bounds))]
     parts.append(x.new_zeros(len(x) - bounds[-1], weight.shape[1]))
     return torch.cat(parts)
 

@@ -60,7 +60,7 @@ class TrainConfig:
     log_every: int = 20  # steps between two looks at the loss
     validate_every: int = 200  # steps between two validations; 0: never
     validation_bytes: int = 65536
-    save_every: int = 0  # steps between two checkpoints; 0: only the last step's
+    save_every: int = 500  # steps between two checkpoints; 0: only the last step's
     keep: int = 1  # newest checkpoints to keep
 
     def __post_init__(self) -> None:

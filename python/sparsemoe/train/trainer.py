@@ -61,6 +61,7 @@ class Trainer:
         self.step = 0
         self.total_steps: int | None = None if settings.minutes else settings.steps
         self.seconds = 0.0  # of training, over all sessions of the run
+        self.stop = False  # set by another hand: fit() ends after the step, and saves
         self.records: list[dict[str, Any]] = []
         self._interval = Interval()
         self._saved_step: int | None = None
@@ -84,9 +85,9 @@ class Trainer:
         self._interval = Interval()
         while self.total_steps is None or self.step < self.total_steps:
             self.train_step()
-            if budget:
-                self.total_steps = budget.total_steps(self.step)
-            at_end = self.step == self.total_steps
+            if budget:  # until it knows, a resumed run keeps its former estimate
+                self.total_steps = budget.total_steps(self.step) or self.total_steps
+            at_end = self.step == self.total_steps or self.stop
             self.seconds = time.monotonic() - started
             if self.step % settings.log_every == 0 or at_end:
                 self._log()
@@ -224,6 +225,8 @@ class Trainer:
             self.precision = saved.info["precision"]
         self.step = self._saved_step = saved.step
         self.seconds = saved.info["seconds"]
+        if self.total_steps is None:
+            self.total_steps = saved.info["total_steps"]
         self.records = list(saved.info["records"])
 
     def _data_fingerprint(self) -> list[str]:
