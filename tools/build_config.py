@@ -232,11 +232,14 @@ def compile_flags(cuda_targets: list[str], platform: str = sys.platform) -> dict
         *cuda,
         "-g0",
         "-fvisibility=hidden",
+        "-fvisibility-inlines-hidden",
         # Loops with comparisons and exp become vector code only where floating-point exceptions
         # and errno need not be kept. Results are the same.
         "-fopenmp-simd",
         "-fno-trapping-math",
         "-fno-math-errno",
+        # Python's own flags may bring -fwrapv, under which fewer loops become vector code.
+        "-fno-wrapv",
         f"-DSPARSEMOE_VERSION={version()}",
         f"-DSPARSEMOE_CUDA_TARGETS={','.join(cuda_targets)}",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def demo(
     print(f"everything is written to {out}\n")
 
     trainer = _make_trainer("mixture of experts", config, train, held_out, out)
-    deadline = started + minutes * 60 - _seconds_after_training(trainer, held_out)
+    deadline = started + minutes * 60
+    deadline -= _seconds_after_training(trainer, held_out, minutes * 60)
     results = {"mixture of experts": _train(trainer, held_out, deadline)}
     runs = {"mixture of experts": trainer.records}
     _print_sample(trainer.model, seed)
@@ -115,22 +117,25 @@ def _make_trainer(
     return trainer
 
 
-def _seconds_after_training(trainer: Trainer, held_out: Corpus) -> float:
-    """What to set aside for evaluation, sample and plot, from a measured pass over the model."""
+def _seconds_after_training(trainer: Trainer, held_out: Corpus, seconds: float) -> float:
+    """What to set aside of ``seconds`` for evaluation, sample and plot: measured, the best of
+    three passes (a busy machine may stall any one), and a quarter at most."""
 
-    def evaluate() -> float:
-        started = time.monotonic()
-        bits_per_byte(trainer.model, held_out, max_bytes=8192, precision=trainer.precision)
-        return time.monotonic() - started
+    def best(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3):
+            started = time.monotonic()
+            work()
+            times.append(time.monotonic() - started)
+        return min(times)
 
-    evaluate()  # the first pass is slower
-    seconds = evaluate()
-    passes = len(held_out) / min(8192, len(held_out))
-    validation = trainer.config.train.validation_bytes / 8192 / 2
-    started = time.monotonic()
-    list(generate(trainer.model, PROMPT, 8))
-    sample = (time.monotonic() - started) * SAMPLE_BYTES / 8
-    return 1.2 * (seconds * (passes + validation) + sample) + 6.0  # start and plot
+    model, precision = trainer.model, trainer.precision
+    part = min(8192, len(held_out))
+    evaluation = best(lambda: bits_per_byte(model, held_out, max_bytes=part, precision=precision))
+    last_validation = trainer.config.train.validation_bytes / 2  # without overlap: half the work
+    needed = evaluation * (len(held_out) + last_validation) / part
+    needed += best(lambda: list(generate(model, PROMPT, 8))) * SAMPLE_BYTES / 8
+    return min(1.2 * needed + 6.0, seconds / 4)  # 6: start and plot
 
 
 def _train(trainer: Trainer, held_out: Corpus, deadline: float | None = None) -> Result:

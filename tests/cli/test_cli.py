@@ -203,3 +203,15 @@ def test_interrupt_is_quiet(monkeypatch, capsys):
     )
     assert main([]) == 130
     assert capsys.readouterr().err == "\nsparsemoe train: stopped\n"
+
+
+def test_a_stalled_measurement_leaves_time_to_train(small_library, monkeypatch):
+    """What a busy machine does to the estimate must not eat the demo's minutes."""
+    from sparsemoe import demo
+    from sparsemoe.train.trainer import Trainer
+    from tests.tiny_lm import tiny_run
+
+    corpora = demo.load_standard_library()
+    clock = iter(range(0, 10_000, 50))  # each look at the clock is 50 seconds later
+    monkeypatch.setattr(demo.time, "monotonic", lambda: float(next(clock)))
+    assert demo._seconds_after_training(Trainer(tiny_run(), *corpora), corpora[1], 180.0) == 45.0
