@@ -18,13 +18,14 @@ constexpr int kSelectBins = 2048;
 // chosen. `bins` holds kSelectBins counters in shared memory. Called by a whole block.
 template <class Key>
 __device__ Selection select_largest(Key key, int n, int count, int* bins) {
-  __shared__ uint32_t shared_prefix;
-  __shared__ int shared_left, shared_valid;
+  // A place a pass: what one pass reads, no thread writes before the next barrier.
+  __shared__ uint32_t shared_prefix[4];
+  __shared__ int shared_left[4], shared_valid;
   constexpr int kShift[3] = {21, 10, 0};
   constexpr int kBits[3] = {11, 11, 10};
   if (threadIdx.x == 0) {
-    shared_prefix = 0;
-    shared_left = count;
+    shared_prefix[0] = 0;
+    shared_left[0] = count;
     shared_valid = 0;
   }
   int valid = 0;
@@ -33,7 +34,7 @@ __device__ Selection select_largest(Key key, int n, int count, int* bins) {
   for (int pass = 0; pass < 3; ++pass) {
     for (int b = threadIdx.x; b < kSelectBins; b += blockDim.x) bins[b] = 0;
     __syncthreads();
-    const uint32_t prefix = shared_prefix;
+    const uint32_t prefix = shared_prefix[pass];
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
       const uint32_t k = key(i);
       if (pass == 0) valid += k != 0;
@@ -46,7 +47,7 @@ __device__ Selection select_largest(Key key, int n, int count, int* bins) {
     if (pass == 0 && shared_valid <= count) return {0, 0, shared_valid};
     // One warp walks the bins from the top until `left` keys are passed.
     if (threadIdx.x < 32) {
-      int left = shared_left;
+      int left = shared_left[pass];
       for (int first = kSelectBins - 32; first >= 0; first -= 32) {
         const int bin = first + 31 - int(threadIdx.x);
         const int here = bins[bin];
@@ -58,10 +59,9 @@ __device__ Selection select_largest(Key key, int n, int count, int* bins) {
         }
         const unsigned reached = __ballot_sync(kFullWarp, upto >= left);
         if (reached) {
-          __syncwarp();  // every lane has read shared_left
           if (int(threadIdx.x) == __ffs(reached) - 1) {
-            shared_prefix = prefix | (uint32_t(bin) << kShift[pass]);
-            shared_left = left - (upto - here);
+            shared_prefix[pass + 1] = prefix | (uint32_t(bin) << kShift[pass]);
+            shared_left[pass + 1] = left - (upto - here);
           }
           break;
         }
@@ -71,7 +71,7 @@ __device__ Selection select_largest(Key key, int n, int count, int* bins) {
     known |= ((1u << kBits[pass]) - 1) << kShift[pass];
     __syncthreads();
   }
-  return {shared_prefix, shared_left, count};
+  return {shared_prefix[3], shared_left[3], count};
 }
 
 // Calls take(i, rank) for every chosen i in ascending order of rank, and leave(i) for the others.

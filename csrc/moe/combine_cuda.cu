@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   __shared__ float of_warp[kRowsAhead][kRowWarps];
   const int64_t token = blockIdx.x, packs = width / N;
   const int n_warps = blockDim.x / 32;
-  if (warp_id() == 0) {
+  if (warp_id() == 0 && !all_rows_used(map)) {
     clear_unused(map, token, gridDim.x, reinterpret_cast<P*>(grad_rows), packs, [=](int64_t row) {
       if (map.token_offsets) grad_weights[row] = 0;
     });

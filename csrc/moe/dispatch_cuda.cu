@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kLargeBlock)
     }
   }
   int lane_row = lane_id() < entries.count ? row_of(map, entries.first + lane_id()) : -1;
-  if (warp < n_warps) clear_unused(map, warp, n_warps, rows, width, [](int64_t) {});
+  const bool all_used = all_rows_used(map);
   __syncthreads();
   for (int j = 0; j < entries.count; ++j) {
     if (j > 0 && j % 32 == 0) {
@@ -53,6 +53,9 @@ __global__ void __launch_bounds__(kLargeBlock)
     for (int i = 0; i < kHeld; ++i) {
       if (column + 32 * i < width) store(to + 32 * i, held[i]);
     }
+  }
+  if (!all_used && warp < n_warps) {
+    clear_unused(map, warp, n_warps, rows, width, [](int64_t) {});
   }
 }
 

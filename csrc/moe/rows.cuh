@@ -28,6 +28,13 @@ __device__ inline int row_of(const RowMap& map, int64_t i) {
   return uint32_t(row) < uint64_t(map.n_rows) ? row : -1;
 }
 
+// Whether every row surely carries a token. Unused rows of a plan by tokens come last; an expert
+// choice may leave them anywhere.
+__device__ inline bool all_rows_used(const RowMap& map) {
+  return !map.token_offsets && map.n_rows > 0 &&
+         uint32_t(map.row_token[map.n_rows - 1]) < uint64_t(map.n_tokens);
+}
+
 // Of the rows that fall to worker `worker` of `n_workers` warps, clears those without token, and
 // tells `cleared(row)` of each.
 template <class P, class F>
