@@ -132,25 +132,6 @@ constexpr Key lowest_key() {
   return std::numeric_limits<Key>::min();
 }
 
-// out = softmax of one row of n >= 1 elements. The largest is found by key: integers are compared
-// several at a time, floats, for the sake of NaN, are not.
-template <class T, class Real>
-void softmax_row(const T* row, int64_t n, Real* out) {
-  using Key = key_t_<Real>;
-  Key top_key = lowest_key<Key>();
-  for (int64_t i = 0; i < n; ++i) out[i] = load(row[i]);
-  for (int64_t i = 0; i < n; ++i) top_key = std::max(top_key, order_key(out[i]));
-  const Real top = key_to_real(top_key);
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = exp_(out[i] - top);
-    sum += out[i];
-  }
-  const Real inverse = 1 / sum;
-  for (int64_t i = 0; i < n; ++i) out[i] *= inverse;
-}
-
 // Calls f with a null pointer of the element type.
 template <class F>
 void with_dtype(DType dtype, F f) {

@@ -9,13 +9,23 @@ namespace SPARSEMOE_ISA {
 
 constexpr int kRowsAtOnce = 4;
 
-// sum (+)= weight[0] * row[0] + ... of M rows, each sum in this order.
+// y = sum + weight[0] * row[0] + ... of M rows, in this order; sum starts at zero where `first`,
+// and is kept where not `last`.
 template <int M, class T, class Real>
-void add_rows(const T* const* row, const Real* weight, bool first, int64_t n, Real* sum) {
-  for (int64_t c = 0; c < n; ++c) {
-    Real value = first ? Real(0) : sum[c];
-    for (int m = 0; m < M; ++m) value += weight[m] * load(row[m][c]);
-    sum[c] = value;
+void add_rows(const T* const* row, const Real* weight, bool first, bool last, int64_t n, Real* sum,
+              T* y) {
+  const auto value = [&](int64_t c, Real start) {
+    for (int m = 0; m < M; ++m) start += weight[m] * load(row[m][c]);
+    return start;
+  };
+  if (first && last) {
+    for (int64_t c = 0; c < n; ++c) store(y + c, value(c, Real(0)));
+  } else if (first) {
+    for (int64_t c = 0; c < n; ++c) sum[c] = value(c, Real(0));
+  } else if (last) {
+    for (int64_t c = 0; c < n; ++c) store(y + c, value(c, sum[c]));
+  } else {
+    for (int64_t c = 0; c < n; ++c) sum[c] = value(c, sum[c]);
   }
 }
 
@@ -26,36 +36,38 @@ void sum_rows(const CombineParams& p) {
   const Real* weights = static_cast<const Real*>(p.weights);
   const RowMap& map = p.map;
   parallel_for(0, map.n_tokens, grain_for(p.width * 16), [&](int64_t begin, int64_t end) {
-    std::vector<Real> buffer(std::is_same_v<T, Real> ? 0 : p.width);
+    std::vector<Real> sum(p.width);
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = map.token_offsets ? map.token_offsets[t] : t * map.top_k;
-      const int64_t last = map.token_offsets ? map.token_offsets[t + 1] : first + map.top_k;
+      const int64_t stop = map.token_offsets ? map.token_offsets[t + 1] : (t + 1) * map.top_k;
+      int64_t i = map.token_offsets ? map.token_offsets[t] : t * map.top_k;
       T* y = static_cast<T*>(p.y) + t * p.width;
-      Real* sum = buffer.data();
-      if constexpr (std::is_same_v<T, Real>) sum = y;
       const T* row[kRowsAtOnce];
       Real weight[kRowsAtOnce];
-      int held = 0;
-      bool fresh = true;
-      const auto add = [&] {
-        if (held == 4) add_rows<4>(row, weight, fresh, p.width, sum);
-        if (held == 3) add_rows<3>(row, weight, fresh, p.width, sum);
-        if (held == 2) add_rows<2>(row, weight, fresh, p.width, sum);
-        if (held == 1) add_rows<1>(row, weight, fresh, p.width, sum);
-        fresh = fresh && held == 0;
-        held = 0;
-      };
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t r = uint32_t(map.token_rows[i]);
-        if (r >= map.n_rows) continue;
-        row[held] = rows + r * p.rows_stride;
-        weight[held++] = weights ? weights[map.token_offsets ? map.row_pair[r] : i] : Real(1);
-        if (held == kRowsAtOnce) add();
-      }
-      add();
-      if (fresh) std::fill(sum, sum + p.width, Real(0));
-      if constexpr (!std::is_same_v<T, Real>) {
-        for (int64_t c = 0; c < p.width; ++c) store(y + c, sum[c]);
+      for (bool first = true, last = false; !last; first = false) {
+        int held = 0;
+        for (; i < stop && held < kRowsAtOnce; ++i) {
+          const int64_t r = uint32_t(map.token_rows[i]);
+          if (r >= map.n_rows) continue;
+          row[held] = rows + r * p.rows_stride;
+          weight[held++] = weights ? weights[map.token_offsets ? map.row_pair[r] : i] : Real(1);
+        }
+        last = i == stop;
+        switch (held) {
+          case 4:
+            add_rows<4>(row, weight, first, last, p.width, sum.data(), y);
+            break;
+          case 3:
+            add_rows<3>(row, weight, first, last, p.width, sum.data(), y);
+            break;
+          case 2:
+            add_rows<2>(row, weight, first, last, p.width, sum.data(), y);
+            break;
+          case 1:
+            add_rows<1>(row, weight, first, last, p.width, sum.data(), y);
+            break;
+          default:
+            add_rows<0>(row, weight, first, last, p.width, sum.data(), y);
+        }
       }
     }
   });

@@ -4,13 +4,11 @@
 #include "common/for_each_isa.h"
 
 #ifndef SPARSEMOE_DISPATCH
+#include "common/lanes_cpu.h"
 #include "common/select_cpu.h"
 
 namespace sparsemoe {
 namespace SPARSEMOE_ISA {
-
-// Tokens whose scores are turned from rows into columns together: a cache line of floats.
-constexpr int64_t kTile = 16;
 
 template <class T>
 void choose(const ExpertChoiceParams& p) {
@@ -18,18 +16,17 @@ void choose(const ExpertChoiceParams& p) {
   using Key = decltype(unsigned_key(Real()));
   const int64_t n_experts = p.n_experts, per_group = p.n_tokens / p.n_groups;
   Real* scores = static_cast<Real*>(p.workspace);  // [n_experts, n_tokens]
-  const int64_t n_tiles = (p.n_tokens + kTile - 1) / kTile;
-  parallel_for(0, n_tiles, grain_for(kTile * 64 * n_experts), [&](int64_t begin, int64_t end) {
-    std::vector<Real> rows(kTile * n_experts);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kTile, count = std::min(kTile, p.n_tokens - first);
-      for (int64_t i = 0; i < count; ++i) {
-        softmax_row(static_cast<const T*>(p.logits) + (first + i) * p.logits_stride, n_experts,
-                    rows.data() + i * n_experts);
-      }
+  const int64_t n_blocks = (p.n_tokens + kLanes - 1) / kLanes;
+  parallel_for(0, n_blocks, grain_for(kLanes * 64 * n_experts), [&](int64_t begin, int64_t end) {
+    std::vector<Real> block(n_experts * kLanes);
+    for (int64_t first = begin * kLanes; first < std::min(end * kLanes, p.n_tokens);
+         first += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, p.n_tokens - first);
+      load_lanes(static_cast<const T*>(p.logits) + first * p.logits_stride, p.logits_stride,
+                 n_experts, count, block.data());
+      softmax_lanes(block.data(), n_experts);
       for (int64_t e = 0; e < n_experts; ++e) {
-        Real* column = scores + e * p.n_tokens + first;
-        for (int64_t i = 0; i < count; ++i) column[i] = rows[i * n_experts + e];
+        std::copy_n(&block[e * kLanes], count, scores + e * p.n_tokens + first);
       }
     }
   });
@@ -89,20 +86,30 @@ void choose_backward(const ExpertChoiceBackwardParams& p) {
       if (token >= 0) dense[token * n_experts + i / p.n_chosen] += grad_weights[i];
     }
   });
-  parallel_for(0, p.n_tokens, grain_for(64 * n_experts), [&](int64_t begin, int64_t end) {
-    std::vector<Real> row(n_experts);
-    for (int64_t t = begin; t < end; ++t) {
-      Real* grad = dense + t * n_experts;
-      T* out = static_cast<T*>(p.grad_logits) + t * n_experts;
-      softmax_row(static_cast<const T*>(p.logits) + t * p.logits_stride, n_experts, row.data());
-      Real inner = 0;
-      bool chosen = false;
+  const int64_t n_blocks = (p.n_tokens + kLanes - 1) / kLanes;
+  parallel_for(0, n_blocks, grain_for(kLanes * 64 * n_experts), [&](int64_t begin, int64_t end) {
+    std::vector<Real> score(n_experts * kLanes), grad(n_experts * kLanes);
+    for (int64_t first = begin * kLanes; first < std::min(end * kLanes, p.n_tokens);
+         first += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, p.n_tokens - first);
+      load_lanes(static_cast<const T*>(p.logits) + first * p.logits_stride, p.logits_stride,
+                 n_experts, count, score.data());
+      softmax_lanes(score.data(), n_experts);
+      load_lanes(dense + first * n_experts, n_experts, n_experts, count, grad.data());
+      Real inner[kLanes] = {};
+      int32_t chosen[kLanes] = {};
       for (int64_t e = 0; e < n_experts; ++e) {
-        inner += grad[e] * row[e];
-        chosen |= grad[e] != 0;
+        SPARSEMOE_LANES(i) {
+          inner[i] += grad[e * kLanes + i] * score[e * kLanes + i];
+          chosen[i] |= grad[e * kLanes + i] != 0;
+        }
       }
-      for (int64_t e = 0; e < n_experts; ++e) {
-        store(out + e, chosen ? row[e] * (grad[e] - inner) : Real(0));
+      for (int64_t i = 0; i < count; ++i) {
+        T* out = static_cast<T*>(p.grad_logits) + (first + i) * n_experts;
+        for (int64_t e = 0; e < n_experts; ++e) {
+          const Real g = score[e * kLanes + i] * (grad[e * kLanes + i] - inner[i]);
+          store(out + e, chosen[i] ? g : Real(0));
+        }
       }
     }
   });

@@ -4,13 +4,10 @@
 #include "common/for_each_isa.h"
 
 #ifndef SPARSEMOE_DISPATCH
+#include "common/lanes_cpu.h"
+
 namespace sparsemoe {
 namespace SPARSEMOE_ISA {
-
-// Tokens that are worked on side by side, a lane each: what happens to a token becomes vector code
-// whatever the number of experts, and no step depends on comparing within a vector.
-constexpr int32_t kLanes = 16;
-#define SPARSEMOE_LANES(i) _Pragma("omp simd") for (int32_t i = 0; i < kLanes; ++i)
 
 // Space for a block of tokens, [experts][lanes].
 template <class Real>
@@ -110,11 +107,8 @@ void gate_block(const GateParams& p, int64_t first, Block<acc_t<T>>* block) {
   const Real lowest = -std::numeric_limits<Real>::infinity();
   Real* logits = block->logits.data();
   Key* keys = block->keys.data();
-  for (int32_t i = 0; i < kLanes; ++i) {  // lanes past the last token repeat it
-    const int64_t t = first + std::min(i, count - 1);
-    const T* row = static_cast<const T*>(p.logits) + t * p.logits_stride;
-    for (int32_t e = 0; e < n; ++e) logits[e * kLanes + i] = load(row[e]);
-  }
+  load_lanes(static_cast<const T*>(p.logits) + first * p.logits_stride, p.logits_stride, n, count,
+             logits);
 
   Key top[kLanes];
   std::fill(top, top + kLanes, lowest_key<Key>());

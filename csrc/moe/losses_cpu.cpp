@@ -4,6 +4,8 @@
 #include "common/for_each_isa.h"
 
 #ifndef SPARSEMOE_DISPATCH
+#include "common/lanes_cpu.h"
+
 namespace sparsemoe {
 namespace SPARSEMOE_ISA {
 
@@ -19,28 +21,47 @@ inline int64_t unmasked(const bool* mask, int64_t n) {
   return std::max<int64_t>(sum, 1);
 }
 
+// Shares of the tokens whose sums are added in order: the same bits for any number of threads.
+constexpr int64_t kShares = 32;
+static_assert(kShares <= kLossBlocks, "the workspace holds kLossBlocks sums");
+
 template <class T>
 void balance(const LoadBalanceParams& p) {
   using Real = acc_t<T>;
   const int64_t n = p.n_experts;
   Real* partial = static_cast<Real*>(p.workspace);
-  const int64_t per_block = (p.n_tokens + kLossBlocks - 1) / kLossBlocks;
-  parallel_for(0, kLossBlocks, grain_for(per_block * n * 16), [&](int64_t begin, int64_t end) {
-    std::vector<Real> row(n);
+  const int64_t share = (p.n_tokens + kShares * kLanes - 1) / (kShares * kLanes) * kLanes;
+  parallel_for(0, kShares, grain_for(share * n * 16), [&](int64_t begin, int64_t end) {
+    std::vector<Real> rows(n * kLanes), sum(n * kLanes);
     for (int64_t block = begin; block < end; ++block) {
-      Real* sum = partial + block * n;
-      std::fill(sum, sum + n, Real(0));
-      const int64_t stop = std::min(p.n_tokens, (block + 1) * per_block);
-      for (int64_t t = block * per_block; t < stop; ++t) {
-        if (p.mask && !p.mask[t]) continue;
-        softmax_row(static_cast<const T*>(p.logits) + t * p.logits_stride, n, row.data());
-        for (int64_t e = 0; e < n; ++e) sum[e] += row[e];
+      std::fill(sum.begin(), sum.end(), Real(0));
+      const int64_t stop = std::min(p.n_tokens, (block + 1) * share);
+      for (int64_t first = block * share; first < stop; first += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, stop - first);
+        load_lanes(static_cast<const T*>(p.logits) + first * p.logits_stride, p.logits_stride, n,
+                   count, rows.data());
+        softmax_lanes(rows.data(), n);
+        int32_t counted[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          counted[i] = i < count && (!p.mask || p.mask[first + i]);
+        }
+        for (int64_t e = 0; e < n; ++e) {
+          SPARSEMOE_LANES(i) {
+            const Real probability = rows[e * kLanes + i];
+            sum[e * kLanes + i] += counted[i] ? probability : Real(0);
+          }
+        }
+      }
+      for (int64_t e = 0; e < n; ++e) {
+        Real total = 0;
+        for (int32_t i = 0; i < kLanes; ++i) total += sum[e * kLanes + i];
+        partial[block * n + e] = total;
       }
     }
   });
   const Real tokens = Real(unmasked(p.mask, p.n_tokens)), pairs = Real(total(p.counts, n));
   std::vector<Real> sum(n);
-  for (int64_t block = 0; block < kLossBlocks; ++block) {
+  for (int64_t block = 0; block < kShares; ++block) {
     for (int64_t e = 0; e < n; ++e) sum[e] += partial[block * n + e];
   }
   Real loss = 0;
@@ -54,20 +75,30 @@ void balance_backward(const LoadBalanceBackwardParams& p) {
   const int64_t n = p.n_experts;
   const Real factor = *static_cast<const Real*>(p.grad) * Real(n) /
                       (Real(unmasked(p.mask, p.n_tokens)) * Real(total(p.counts, n)));
-  parallel_for(0, p.n_tokens, grain_for(64 * n), [&](int64_t begin, int64_t end) {
-    std::vector<Real> row(n);
-    for (int64_t t = begin; t < end; ++t) {
-      T* out = static_cast<T*>(p.grad_logits) + t * n;
-      if (p.mask && !p.mask[t]) {
-        for (int64_t e = 0; e < n; ++e) store(out + e, Real(0));
-        continue;
-      }
-      softmax_row(static_cast<const T*>(p.logits) + t * p.logits_stride, n, row.data());
-      Real inner = 0;
-#pragma omp simd reduction(+ : inner)
-      for (int64_t e = 0; e < n; ++e) inner += row[e] * Real(p.counts[e]);
+  const int64_t n_blocks = (p.n_tokens + kLanes - 1) / kLanes;
+  parallel_for(0, n_blocks, grain_for(kLanes * 64 * n), [&](int64_t begin, int64_t end) {
+    std::vector<Real> rows(n * kLanes);
+    for (int64_t first = begin * kLanes; first < std::min(end * kLanes, p.n_tokens);
+         first += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, p.n_tokens - first);
+      load_lanes(static_cast<const T*>(p.logits) + first * p.logits_stride, p.logits_stride, n,
+                 count, rows.data());
+      softmax_lanes(rows.data(), n);
+      Real inner[kLanes] = {};
       for (int64_t e = 0; e < n; ++e) {
-        store(out + e, factor * row[e] * (Real(p.counts[e]) - inner));
+        const Real c = Real(p.counts[e]);
+        SPARSEMOE_LANES(i) inner[i] += rows[e * kLanes + i] * c;
+      }
+      for (int64_t e = 0; e < n; ++e) {
+        const Real c = Real(p.counts[e]);
+        SPARSEMOE_LANES(i) rows[e * kLanes + i] *= factor * (c - inner[i]);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        T* out = static_cast<T*>(p.grad_logits) + (first + i) * n;
+        const bool counted = !p.mask || p.mask[first + i];
+        for (int64_t e = 0; e < n; ++e) {
+          store(out + e, counted ? rows[e * kLanes + i] : Real(0));
+        }
       }
     }
   });
