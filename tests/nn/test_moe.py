@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -90,6 +91,16 @@ def test_threshold_follows_expert_choice(device):
     alone, _ = layer(x[:, :10])
     torch.testing.assert_close(alone, layer(x)[0][:, :10], rtol=1e-4, atol=1e-5)
     assert torch.equal(before, layer.router.threshold)
+
+
+def test_choosing_over_whole_sequences_warns_a_causal_model_once():
+    router = nn.ExpertChoiceRouter(8, 4, 2)
+    with pytest.warns(UserWarning, match="chooses tokens by looking at later ones"):
+        router.warn_if_used_causally()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router.warn_if_used_causally()
+        nn.ExpertChoiceRouter(8, 4, 2, causal=True).warn_if_used_causally()
 
 
 def test_jitter_only_in_training(device):

@@ -184,7 +184,7 @@ class ExpertChoiceRouter(nn.Module):
         return RouterOutput(plan, gated.weights, logits, gated.logsumexp)
 
     def warn_if_used_causally(self) -> None:
-        """Say once that choosing over whole sequences leaks later tokens."""
+        """For causal models to call: says once that choosing over sequences leaks later tokens."""
         if not self._warned:
             self._warned = True
             warnings.warn(
