@@ -121,7 +121,6 @@ __device__ inline float warp_max(float v) {
   for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, step));
   return v;
 }
-__device__ inline int warp_sum(int v) { return __reduce_add_sync(kFullWarp, v); }
 
 // Integers in the order of the floats they come from. NaN is 1, below -infinity; 0 is free for
 // "not to be chosen".

@@ -82,8 +82,8 @@ void choose_backward(const ExpertChoiceBackwardParams& p) {
   const Real* grad_weights = static_cast<const Real*>(p.grad_weights);
   parallel_for(0, n_experts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * p.n_chosen; i < end * p.n_chosen; ++i) {
-      const int32_t token = p.tokens[i];
-      if (token >= 0) dense[token * n_experts + i / p.n_chosen] += grad_weights[i];
+      const int64_t token = uint32_t(p.tokens[i]);
+      if (token < p.n_tokens) dense[token * n_experts + i / p.n_chosen] += grad_weights[i];
     }
   });
   const int64_t n_blocks = (p.n_tokens + kLanes - 1) / kLanes;

@@ -112,6 +112,20 @@ def test_rows_without_token_are_zero_and_never_read(device):
     assert rows.grad.sum(-1).tolist() == [8, 8, 8, 0, 0, 0]
 
 
+def test_a_row_or_token_out_of_range_is_none(device):
+    """In a plan that was not made by plan(): nothing is read or written out of bounds."""
+    plan = moe.plan(torch.tensor([[0], [1], [1]], dtype=torch.int32, device=device), 2)
+    big = 2**30
+    plan.row_token[2], plan.token_rows[2, 0] = big, big
+    rows = moe.dispatch(torch.ones(3, 8, device=device), plan)
+    assert rows.sum(-1).tolist() == [8, 8, 0]
+    weights = torch.ones(3, 1, device=device, requires_grad=True)
+    y = moe.combine(torch.ones(3, 8, device=device, requires_grad=True), plan, weights)
+    assert y.sum(-1).tolist() == [8, 8, 0]
+    y.sum().backward()
+    assert weights.grad.flatten().tolist() == [8, 8, 0]
+
+
 def test_sums_are_float32(device):
     """1 + 31 * 2^-9 is lost step by step in bfloat16 and kept in float32."""
     experts = torch.arange(32, device=device, dtype=torch.int32)[None]
