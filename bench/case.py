@@ -126,8 +126,8 @@ def difference(op: Op, shape: Any, result: list[Tensor], expected: list[Tensor])
     return None
 
 
-def measurement(op: Op, shape: Any, call: Call) -> dict[str, Any]:
-    """Time, rates and the ratio to the floor; extra memory on a GPU."""
+def measurement(op: Op, shape: Any, call: Call, ms: float | None = None) -> dict[str, Any]:
+    """Time (`ms`, if it is known), rates and the ratio to the floor; extra memory on a GPU."""
     nbytes, flops = op.nbytes(shape), op.flops(shape)
     floor = nbytes / timing.copy_rate(nbytes)
     if flops:
@@ -138,7 +138,7 @@ def measurement(op: Op, shape: Any, call: Call) -> dict[str, Any]:
         before = torch.cuda.memory_allocated()
         call()
         found["extra MiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
-    ms = timing.milliseconds(call)
+    ms = ms or timing.milliseconds(call)
     found |= {"ms": ms, "GB/s": nbytes / ms / 1e6}
     if flops:
         found["TFLOP/s"] = flops / ms / 1e9

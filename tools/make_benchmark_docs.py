@@ -15,7 +15,8 @@ Made by `tools/make_benchmark_docs.py` from the files in `bench/results`; do not
 
 On a GPU a time is device time: the median over repeated calls, the L2 cache flushed before each,
 the call enqueued while the GPU waits, so that launches are not counted. On a CPU it is the median
-wall time, and caches are warm. Every result was first compared with the reference. The floor is the
+wall time, caches are warm, and the implementations of an operation take turns, so that what else
+the machine does falls on all. Every result was first compared with the reference. The floor is the
 larger of the bytes that the operation must move over the copy bandwidth of the same run (on a CPU,
 that of a copy of the same size), and its operations over the matrix rate of the same run; what is
 counted stands at the end. "Plain PyTorch" is the fastest of the expressions in `bench/plain_*.py`,

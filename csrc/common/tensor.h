@@ -88,11 +88,16 @@ inline ScalarType accumulator_type(DType dtype) {
   return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// The tensor itself where it is contiguous: torch's own contiguous() costs a call even then.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // The tensor itself where the elements of a row are adjacent, else a contiguous copy.
 inline Tensor with_dense_rows(const Tensor& tensor) {
   const bool dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
   const bool ordered = tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1);
-  return dense && ordered ? tensor : torch::stable::contiguous(tensor);
+  return dense && ordered ? tensor : as_contiguous(tensor);
 }
 
 inline int64_t row_stride(const Tensor& tensor) {
@@ -108,14 +113,14 @@ inline OptionalTensor checked(const OptionalTensor& tensor, const Tensor& like,
   check_size(*tensor, 0, size, name, shape);
   check_type(*tensor, type, name);
   check_device(*tensor, like, name, like_name);
-  return torch::stable::contiguous(*tensor);
+  return as_contiguous(*tensor);
 }
 
 inline Tensor int32_input(const Tensor& tensor, const Tensor& like, const char* name,
                           const char* like_name) {
   check_type(tensor, ScalarType::Int, name);
   check_device(tensor, like, name, like_name);
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 
 template <class T = void>

@@ -55,13 +55,15 @@ Tensor checked_weights(const Tensor& weights, const PlanTensors& plan, DType dty
   check_device(weights, rows, "weights", "rows");
   SPARSEMOE_CHECK(weights.numel() == plan.n_pairs(), "weights must hold one value for each of the ",
                   plan.n_pairs(), " pairs of the plan, got shape ", shape_text(weights));
-  return torch::stable::contiguous(weights);
+  return as_contiguous(weights);
 }
 
 Tensor dispatch(const Tensor& x_in, const Tensor& row_token, const Tensor& row_pair,
                 const Tensor& token_rows, const OptionalTensor& token_offsets) {
   check_dim(x_in, 2, "x", "[tokens, width]");
   real_dtype(x_in, "x");
+  SPARSEMOE_CHECK(x_in.size(1) < int64_t(1) << 31, "x must be less than 2^31 wide, got shape ",
+                  shape_text(x_in));
   const PlanTensors plan(row_token, row_pair, token_rows, token_offsets, x_in, "x");
   check_size(x_in, 0, plan.map.n_tokens, "x", "[tokens, width]");
   const Tensor x = with_dense_rows(x_in);

@@ -4,10 +4,10 @@
 #include "common/for_each_isa.h"
 
 #ifndef SPARSEMOE_DISPATCH
+#include "moe/rows_cpu.h"
+
 namespace sparsemoe {
 namespace SPARSEMOE_ISA {
-
-constexpr int kRowsAtOnce = 4;
 
 // y = sum + weight[0] * row[0] + ... of M rows, in this order; sum starts at zero where `first`,
 // and is kept where not `last`.
@@ -34,40 +34,25 @@ void sum_rows(const CombineParams& p) {
   using Real = acc_t<T>;
   const T* rows = static_cast<const T*>(p.rows);
   const Real* weights = static_cast<const Real*>(p.weights);
-  const RowMap& map = p.map;
-  parallel_for(0, map.n_tokens, grain_for(p.width * 16), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.map.n_tokens, grain_for(p.width * 16), [&](int64_t begin, int64_t end) {
     std::vector<Real> sum(p.width);
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t stop = map.token_offsets ? map.token_offsets[t + 1] : (t + 1) * map.top_k;
-      int64_t i = map.token_offsets ? map.token_offsets[t] : t * map.top_k;
       T* y = static_cast<T*>(p.y) + t * p.width;
-      const T* row[kRowsAtOnce];
-      Real weight[kRowsAtOnce];
+      Entries entries = entries_of(p.map, t);
       for (bool first = true, last = false; !last; first = false) {
-        int held = 0;
-        for (; i < stop && held < kRowsAtOnce; ++i) {
-          const int64_t r = uint32_t(map.token_rows[i]);
-          if (r >= map.n_rows) continue;
-          row[held] = rows + r * p.rows_stride;
-          weight[held++] = weights ? weights[map.token_offsets ? map.row_pair[r] : i] : Real(1);
+        int64_t index[kRowsAtOnce], entry[kRowsAtOnce];
+        const int held = take_rows(p.map, &entries, index, entry);
+        last = entries.next >= entries.stop;
+        const T* row[kRowsAtOnce];
+        Real weight[kRowsAtOnce];
+        for (int m = 0; m < held; ++m) {
+          row[m] = rows + index[m] * p.rows_stride;
+          const int64_t pair = weights ? pair_of(p.map, entry[m], index[m]) : -1;
+          weight[m] = !weights ? Real(1) : pair < 0 ? Real(0) : weights[pair];
         }
-        last = i == stop;
-        switch (held) {
-          case 4:
-            add_rows<4>(row, weight, first, last, p.width, sum.data(), y);
-            break;
-          case 3:
-            add_rows<3>(row, weight, first, last, p.width, sum.data(), y);
-            break;
-          case 2:
-            add_rows<2>(row, weight, first, last, p.width, sum.data(), y);
-            break;
-          case 1:
-            add_rows<1>(row, weight, first, last, p.width, sum.data(), y);
-            break;
-          default:
-            add_rows<0>(row, weight, first, last, p.width, sum.data(), y);
-        }
+        with_count(held, [&](auto count) {
+          add_rows<count>(row, weight, first, last, p.width, sum.data(), y);
+        });
       }
     }
   });
@@ -76,28 +61,36 @@ void sum_rows(const CombineParams& p) {
 template <class T>
 void sum_rows_backward(const CombineBackwardParams& p) {
   using Real = acc_t<T>;
+  const RowMap& map = p.map;
+  T* grad_rows = static_cast<T*>(p.grad_rows);
   const Real* weights = static_cast<const Real*>(p.weights);
   Real* grad_weights = static_cast<Real*>(p.grad_weights);
   std::fill(grad_weights, grad_weights + p.n_pairs, Real(0));
-  parallel_for(0, p.map.n_rows, grain_for(p.width * 16), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t token = uint32_t(p.map.row_token[row]), pair = uint32_t(p.map.row_pair[row]);
-      T* grad_row = static_cast<T*>(p.grad_rows) + row * p.width;
-      if (token >= p.map.n_tokens || pair >= p.n_pairs) {
-        std::memset(static_cast<void*>(grad_row), 0, p.width * sizeof(T));
-        continue;
-      }
-      const T* grad = static_cast<const T*>(p.grad) + token * p.grad_stride;
-      const T* values = static_cast<const T*>(p.rows) + row * p.rows_stride;
-      const Real weight = weights[pair];
-      Real inner = 0;
+  const int64_t part_bytes = (map.n_rows / map.n_tokens + 1) * p.width * 16;
+  parallel_for(0, map.n_tokens, grain_for(part_bytes), [&](int64_t begin, int64_t end) {
+    clear_unused(map, begin, end, map.n_tokens, static_cast<char*>(p.grad_rows),
+                 p.width * sizeof(T));
+    for (int64_t t = begin; t < end; ++t) {
+      const T* grad = static_cast<const T*>(p.grad) + t * p.grad_stride;
+      Entries entries = entries_of(map, t);
+      while (entries.next < entries.stop) {
+        int64_t index[kRowsAtOnce], entry[kRowsAtOnce];
+        const int held = take_rows(map, &entries, index, entry);
+        for (int m = 0; m < held; ++m) {
+          const T* values = static_cast<const T*>(p.rows) + index[m] * p.rows_stride;
+          T* grad_row = grad_rows + index[m] * p.width;
+          const int64_t pair = pair_of(map, entry[m], index[m]);
+          const Real weight = pair < 0 ? Real(0) : weights[pair];
+          Real inner = 0;
 #pragma omp simd reduction(+ : inner)
-      for (int64_t c = 0; c < p.width; ++c) {
-        const Real g = load(grad[c]);
-        inner += g * load(values[c]);
-        store(grad_row + c, weight * g);
+          for (int64_t c = 0; c < p.width; ++c) {
+            const Real g = load(grad[c]);
+            inner += g * load(values[c]);
+            store(grad_row + c, weight * g);
+          }
+          if (pair >= 0) grad_weights[pair] = inner;
+        }
       }
-      grad_weights[pair] = inner;
     }
   });
 }

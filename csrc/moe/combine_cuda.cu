@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kRowThreads)
       lane_row = row_of(map, entry);
       lane_weight = 1;
       if (weights && lane_row >= 0) {
-        lane_weight = weights[map.token_offsets ? map.row_pair[lane_row] : entry];
+        const int64_t pair = pair_of(map, entry, lane_row);
+        lane_weight = pair < 0 ? 0.0f : weights[pair];
       }
     }
     const int count = min(32, entries.count - first);
@@ -76,7 +77,7 @@ template <class T, int N>
 __global__ void __launch_bounds__(kRowThreads, 4)
     combine_backward_kernel(const RowMap map, const T* grad, int64_t grad_stride, const T* rows,
                             int64_t rows_stride, const float* weights, T* grad_rows,
-                            float* grad_weights, int64_t n_pairs, int64_t width) {
+                            float* grad_weights, int64_t width) {
   using P = Pack<T, N>;
   __shared__ float of_warp[kRowsAhead][kRowWarps];
   const int64_t token = blockIdx.x, packs = width / N;
@@ -95,9 +96,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     for (int i = 0; i < kRowsAhead; ++i) {
       const int64_t entry = entries.first + first + i;
       row[i] = first + i < entries.count ? row_of(map, entry) : -1;
-      int64_t pair = entry;
-      if (map.token_offsets && row[i] >= 0) pair = map.row_pair[row[i]];
-      weight[i] = row[i] >= 0 && uint64_t(pair) < uint64_t(n_pairs) ? weights[pair] : 0.0f;
+      const int64_t pair = pair_of(map, entry, row[i]);
+      weight[i] = row[i] >= 0 && pair >= 0 ? weights[pair] : 0.0f;
       inner[i] = 0;
     }
     for (int64_t column = threadIdx.x; column < packs; column += blockDim.x) {
@@ -136,9 +136,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
       for (int w = 0; w < n_warps; ++w) sum += of_warp[i][w];
       const int64_t entry = entries.first + first + i;
       const int r = row_of(map, entry);
-      int64_t pair = entry;
-      if (map.token_offsets) pair = r >= 0 ? map.row_pair[r] : -1;
-      if (uint64_t(pair) < uint64_t(n_pairs)) grad_weights[pair] = r >= 0 ? sum : 0.0f;
+      const int64_t pair = pair_of(map, entry, r);
+      if (pair >= 0) grad_weights[pair] = r >= 0 ? sum : 0.0f;
     }
   }
 }
@@ -172,7 +171,7 @@ int combine_backward_cuda(const CombineBackwardParams& p, void* stream) {
       combine_backward_kernel<T, N><<<unsigned(p.map.n_tokens), threads, 0, cudaStream_t(stream)>>>(
           p.map, static_cast<const T*>(p.grad), p.grad_stride, static_cast<const T*>(p.rows),
           p.rows_stride, static_cast<const float*>(p.weights), static_cast<T*>(p.grad_rows),
-          static_cast<float*>(p.grad_weights), p.n_pairs, p.width);
+          static_cast<float*>(p.grad_weights), p.width);
       return int(cudaGetLastError());
     };
     return wide_enough<T>(p.width, p.rows_stride, p.grad_stride, p.rows, p.grad, p.grad_rows)

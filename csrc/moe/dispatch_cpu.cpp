@@ -1,25 +1,55 @@
-// Copies only: one variant serves every processor.
 #include "moe/dispatch.h"
 
-#include <cstring>
+#define SPARSEMOE_THIS_FILE "moe/dispatch_cpu.cpp"
+#include "common/for_each_isa.h"
 
-#include "common/parallel.h"
+#ifndef SPARSEMOE_DISPATCH
+#include "moe/rows_cpu.h"
 
 namespace sparsemoe {
+namespace SPARSEMOE_ISA {
 
-void dispatch_cpu(const DispatchParams& p) {
-  const char* x = static_cast<const char*>(p.x);
+// Copies a line at a time to M places, so that the source is read once.
+template <int M>
+void copy_to(const char* from, char* const* to, int64_t bytes) {
+  constexpr int kLine = 64;
+  int64_t c = 0;
+  for (; c + kLine <= bytes; c += kLine) {
+    char line[kLine];
+    std::memcpy(line, from + c, kLine);
+    for (int m = 0; m < M; ++m) std::memcpy(to[m] + c, line, kLine);
+  }
+  for (int m = 0; m < M; ++m) std::memcpy(to[m] + c, from + c, bytes - c);
+}
+
+void dispatch(const DispatchParams& p) {
+  const RowMap& map = p.map;
   char* rows = static_cast<char*>(p.rows);
-  parallel_for(0, p.map.n_rows, grain_for(p.row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const uint32_t token = p.map.row_token[row];
-      if (token >= uint64_t(p.map.n_tokens)) {
-        std::memset(rows + row * p.row_bytes, 0, p.row_bytes);
-      } else {
-        std::memcpy(rows + row * p.row_bytes, x + int64_t(token) * p.x_stride_bytes, p.row_bytes);
+  const int64_t n_parts = std::max<int64_t>(map.n_tokens, 1);
+  const int64_t part_bytes = (map.n_rows / n_parts + 1) * p.row_bytes;
+  parallel_for(0, n_parts, grain_for(part_bytes), [&](int64_t begin, int64_t end) {
+    clear_unused(map, begin, end, n_parts, rows, p.row_bytes);
+    for (int64_t t = begin; t < std::min(end, map.n_tokens); ++t) {
+      const char* from = static_cast<const char*>(p.x) + t * p.x_stride_bytes;
+      Entries entries = entries_of(map, t);
+      while (entries.next < entries.stop) {
+        int64_t row[kRowsAtOnce], entry[kRowsAtOnce];
+        const int held = take_rows(map, &entries, row, entry);
+        char* to[kRowsAtOnce];
+        for (int m = 0; m < held; ++m) to[m] = rows + row[m] * p.row_bytes;
+        with_count(held, [&](auto count) { copy_to<count>(from, to, p.row_bytes); });
       }
     }
   });
 }
 
+}  // namespace SPARSEMOE_ISA
 }  // namespace sparsemoe
+
+#else
+namespace sparsemoe {
+
+void dispatch_cpu(const DispatchParams& p) { SPARSEMOE_BEST_ISA(dispatch, p); }
+
+}  // namespace sparsemoe
+#endif

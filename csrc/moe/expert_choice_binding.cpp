@@ -52,7 +52,7 @@ Tensor expert_choice_backward(const Tensor& grad_weights_in, const Tensor& logit
   const DType dtype = real_dtype(logits_in, "logits");
   const Tensor logits = with_dense_rows(logits_in);
   const Tensor tokens = int32_input(tokens_in, logits, "tokens", "logits");
-  const Tensor grad_weights = torch::stable::contiguous(grad_weights_in);
+  const Tensor grad_weights = as_contiguous(grad_weights_in);
   check_type(grad_weights, accumulator_type(dtype), "grad_weights");
   const int64_t n_tokens = logits.size(0), n_experts = logits.size(1);
   Tensor grad_logits = empty({n_tokens, n_experts}, logits.scalar_type(), logits);

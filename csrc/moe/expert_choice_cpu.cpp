@@ -104,13 +104,14 @@ void choose_backward(const ExpertChoiceBackwardParams& p) {
           chosen[i] |= grad[e * kLanes + i] != 0;
         }
       }
-      for (int64_t i = 0; i < count; ++i) {
-        T* out = static_cast<T*>(p.grad_logits) + (first + i) * n_experts;
-        for (int64_t e = 0; e < n_experts; ++e) {
+      for (int64_t e = 0; e < n_experts; ++e) {
+        SPARSEMOE_LANES(i) {
           const Real g = score[e * kLanes + i] * (grad[e * kLanes + i] - inner[i]);
-          store(out + e, chosen[i] ? g : Real(0));
+          grad[e * kLanes + i] = chosen[i] ? g : Real(0);
         }
       }
+      store_lanes(grad.data(), n_experts, count, static_cast<T*>(p.grad_logits) + first * n_experts,
+                  n_experts);
     }
   });
 }

@@ -75,10 +75,10 @@ Tensor gate_backward(const Tensor& grad_weights_in, const Tensor& grad_logsumexp
   const DType dtype = real_dtype(logits_in, "logits");
   const int64_t n_tokens = logits_in.size(0), n_experts = logits_in.size(1);
   const Tensor logits = with_dense_rows(logits_in);
-  const Tensor grad_weights = torch::stable::contiguous(grad_weights_in);
-  const Tensor grad_logsumexp = torch::stable::contiguous(grad_logsumexp_in);
-  const Tensor weights = torch::stable::contiguous(weights_in);
-  const Tensor logsumexp = torch::stable::contiguous(logsumexp_in);
+  const Tensor grad_weights = as_contiguous(grad_weights_in);
+  const Tensor grad_logsumexp = as_contiguous(grad_logsumexp_in);
+  const Tensor weights = as_contiguous(weights_in);
+  const Tensor logsumexp = as_contiguous(logsumexp_in);
   const Tensor experts = int32_input(experts_in, logits, "experts", "logits");
   check_size(experts, 0, n_tokens, "experts", "[tokens, top_k]");
   for (const Tensor* reals : {&grad_weights, &grad_logsumexp, &weights, &logsumexp}) {

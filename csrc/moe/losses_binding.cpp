@@ -70,7 +70,7 @@ DType logsumexp_dtype(const Tensor& logsumexp) {
 
 Tensor router_z_loss(const Tensor& logsumexp_in, const OptionalTensor& mask_in) {
   const DType dtype = logsumexp_dtype(logsumexp_in);
-  const Tensor logsumexp = torch::stable::contiguous(logsumexp_in);
+  const Tensor logsumexp = as_contiguous(logsumexp_in);
   const auto mask = checked(mask_in, logsumexp, "logsumexp", ScalarType::Bool, logsumexp.size(0),
                             "mask", "[tokens]");
   Tensor loss = empty({}, logsumexp.scalar_type(), logsumexp);
@@ -86,7 +86,7 @@ Tensor router_z_loss(const Tensor& logsumexp_in, const OptionalTensor& mask_in) 
 Tensor router_z_loss_backward(const Tensor& grad, const Tensor& logsumexp_in,
                               const OptionalTensor& mask_in) {
   const DType dtype = logsumexp_dtype(logsumexp_in);
-  const Tensor logsumexp = torch::stable::contiguous(logsumexp_in);
+  const Tensor logsumexp = as_contiguous(logsumexp_in);
   check_type(grad, logsumexp.scalar_type(), "grad");
   const auto mask = checked(mask_in, logsumexp, "logsumexp", ScalarType::Bool, logsumexp.size(0),
                             "mask", "[tokens]");

@@ -93,12 +93,10 @@ void balance_backward(const LoadBalanceBackwardParams& p) {
         const Real c = Real(p.counts[e]);
         SPARSEMOE_LANES(i) rows[e * kLanes + i] *= factor * (c - inner[i]);
       }
-      for (int64_t i = 0; i < count; ++i) {
-        T* out = static_cast<T*>(p.grad_logits) + (first + i) * n;
-        const bool counted = !p.mask || p.mask[first + i];
-        for (int64_t e = 0; e < n; ++e) {
-          store(out + e, counted ? rows[e * kLanes + i] : Real(0));
-        }
+      T* out = static_cast<T*>(p.grad_logits) + first * n;
+      store_lanes(rows.data(), n, count, out, n);
+      for (int64_t i = 0; p.mask && i < count; ++i) {
+        if (!p.mask[first + i]) std::memset(static_cast<void*>(out + i * n), 0, n * sizeof(T));
       }
     }
   });

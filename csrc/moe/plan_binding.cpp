@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan(const Tensor& experts_in
     check_size(*weights_in, 1, top_k, "weights", "[tokens, top_k]");
     check_type(*weights_in, ScalarType::Float, "weights");
     check_device(*weights_in, experts, "weights", "experts");
-    weights = torch::stable::contiguous(*weights_in);
+    weights = as_contiguous(*weights_in);
   }
   check_indices(experts, num_experts, "experts");
   // An expert can receive no more than all pairs.

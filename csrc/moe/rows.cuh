@@ -9,6 +9,8 @@ namespace sparsemoe {
 constexpr int kRowThreads = 256;
 constexpr int kRowWarps = kRowThreads / 32;
 
+// Indices of a plan that are out of range stand for none.
+
 // The places of a token's rows in token_rows.
 struct Entries {
   int64_t first;
@@ -16,8 +18,9 @@ struct Entries {
 };
 __device__ inline Entries entries_of(const RowMap& map, int64_t token) {
   if (map.token_offsets) {
-    const int first = map.token_offsets[token];
-    return {first, map.token_offsets[token + 1] - first};
+    const int64_t first = max(map.token_offsets[token], 0);
+    const int64_t last = min(int64_t(map.token_offsets[token + 1]), map.n_rows);
+    return {first, int(max(last - first, int64_t(0)))};
   }
   return {token * map.top_k, int(map.top_k)};
 }
@@ -26,6 +29,13 @@ __device__ inline Entries entries_of(const RowMap& map, int64_t token) {
 __device__ inline int row_of(const RowMap& map, int64_t i) {
   const int row = map.token_rows[i];
   return uint32_t(row) < uint64_t(map.n_rows) ? row : -1;
+}
+
+// The pair of entry i, whose row is `row` or -1; or -1.
+__device__ inline int64_t pair_of(const RowMap& map, int64_t i, int row) {
+  if (!map.token_offsets) return i;
+  const int64_t pair = row < 0 ? -1 : map.row_pair[row];
+  return pair < map.n_rows ? pair : -1;
 }
 
 // Whether every row surely carries a token. Unused rows of a plan by tokens come last; an expert

@@ -84,6 +84,30 @@ def test_wide_rows(device, width):
         check(torch.randn(20, width, device=device).to(torch.bfloat16), plan, weights)
 
 
+@pytest.mark.parametrize(
+    "n_tokens, width, dtype",
+    [
+        (2000, 520, torch.float32),
+        (4300, 520, torch.float32),
+        (26000, 130, torch.float32),
+        (26000, 3, torch.bfloat16),
+        (13000, 2056, torch.bfloat16),
+    ],
+)
+def test_many_tokens(device, n_tokens, width, dtype):
+    """Sizes for which a GPU takes another grid each."""
+    x = torch.randn(n_tokens, width, device=device).to(dtype)
+    for plan, weights in plans(n_tokens, 4, 2, device):
+        used = plan.row_token >= 0
+        expected = torch.where(used[:, None], x[plan.row_token.clamp(min=0).long()], 0)
+        assert torch.equal(moe.dispatch(x, plan), expected)
+        pair = plan.row_pair.clamp(min=0).long()
+        scaled = expected.float() * torch.where(used, weights.flatten()[pair], 0)[:, None]
+        total = torch.zeros(n_tokens, width, device=device)
+        total.index_add_(0, plan.row_token.clamp(min=0), scaled)
+        close(moe.combine(expected, plan, weights), total.to(dtype))
+
+
 def test_strided_inputs(device):
     experts, weights = routed(30, 6, 2, device)
     plan = moe.plan(experts, 6)
@@ -124,6 +148,23 @@ def test_a_row_or_token_out_of_range_is_none(device):
     assert y.sum(-1).tolist() == [8, 8, 0]
     y.sum().backward()
     assert weights.grad.flatten().tolist() == [8, 8, 0]
+
+
+def test_a_pair_or_offset_out_of_range_is_none(device):
+    tokens = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32, device=device)
+    plan = moe.plan_from_tokens(tokens, 3)
+    plan.token_offsets[3] = 2**30
+    x = torch.ones(3, 8, device=device)
+    assert moe.dispatch(x, plan).sum(-1).tolist() == [8, 8, 8, 8]
+    for pair in (2**30, -1):
+        plan.row_pair[0] = pair
+        weights = torch.ones(2, 2, device=device, requires_grad=True)
+        rows = torch.ones(4, 8, device=device, requires_grad=True)
+        y = moe.combine(rows, plan, weights)
+        assert y.sum(-1).tolist() == [0, 16, 8]
+        y.sum().backward()
+        assert weights.grad.tolist() == [[0, 8], [8, 8]]
+        assert rows.grad.sum(-1).tolist() == [0, 8, 8, 8]
 
 
 def test_sums_are_float32(device):

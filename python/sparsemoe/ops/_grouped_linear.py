@@ -31,12 +31,15 @@ def _in_one_launch(*tensors: Tensor) -> bool:
     )
 
 
-def _blocks(offsets: Tensor):
-    """(expert, first row, row past the last) of each expert that has rows."""
+def _each(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    """Each expert's rows of x [rows, in] times its matrix of [experts, in, out]; unused rows: 0."""
     bounds = offsets.tolist()
-    for e, (a, b) in enumerate(pairwise(bounds)):
+    y = x.new_empty(x.shape[0], matrices.shape[2])
+    y[bounds[-1] :] = 0
+    for matrix, (a, b) in zip(matrices, pairwise(bounds), strict=True):
         if b > a:
-            yield e, a, b
+            torch.mm(x[a:b], matrix, out=y[a:b])
+    return y
 
 
 def _check(x: Tensor, weight: Tensor, offsets: Tensor, name: str) -> None:
@@ -61,28 +64,22 @@ def _forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         )
     if _in_one_launch(x, weight, weight.mT):
         return _grouped_mm(x.contiguous(), weight.contiguous().mT, offs=offsets[1:])
-    y = x.new_zeros(x.shape[0], weight.shape[1])
-    for e, a, b in _blocks(offsets):
-        torch.mm(x[a:b], weight[e].T, out=y[a:b])
-    return y
+    return _each(x, weight.mT, offsets)
 
 
 def _backward_x(grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     _check(grad, weight, offsets, "grad")
     if _in_one_launch(grad, weight, weight.mT):
         return _grouped_mm(grad.contiguous(), weight.contiguous(), offs=offsets[1:])
-    grad_x = grad.new_zeros(grad.shape[0], weight.shape[2])
-    for e, a, b in _blocks(offsets):
-        torch.mm(grad[a:b], weight[e], out=grad_x[a:b])
-    return grad_x
+    return _each(grad, weight, offsets)
 
 
 def _backward_weight(grad: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     if _in_one_launch(grad, x):
         return _grouped_mm(grad.contiguous().mT, x.contiguous(), offs=offsets[1:])
-    grad_weight = x.new_zeros(offsets.shape[0] - 1, grad.shape[1], x.shape[1])
-    for e, a, b in _blocks(offsets):
-        torch.mm(grad[a:b].T, x[a:b], out=grad_weight[e])
+    grad_weight = x.new_empty(offsets.shape[0] - 1, grad.shape[1], x.shape[1])
+    for of_expert, (a, b) in zip(grad_weight, pairwise(offsets.tolist()), strict=True):
+        torch.mm(grad[a:b].T, x[a:b], out=of_expert)  # zeros where there is no row
     return grad_weight
 
 
@@ -115,9 +112,9 @@ def _backward(ctx, grad):
     x, weight, offsets = ctx.saved_tensors
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_x = _ops.grouped_linear_backward_x(grad, weight, offsets)
+        grad_x = _ops.grouped_linear_backward_x.default(grad, weight, offsets)
     if ctx.needs_input_grad[1]:
-        grad_weight = _ops.grouped_linear_backward_weight(grad, x, offsets)
+        grad_weight = _ops.grouped_linear_backward_weight.default(grad, x, offsets)
     return grad_x, grad_weight, None
 
 

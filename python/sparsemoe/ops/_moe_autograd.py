@@ -53,7 +53,7 @@ def _gate_context(ctx, inputs, output):
 
 def _gate_backward(ctx, grad_weights, _, grad_logsumexp):
     logits, weights, experts, logsumexp, mask = ctx.saved_tensors
-    grad = _ops.gate_backward(
+    grad = _ops.gate_backward.default(
         grad_weights,
         grad_logsumexp,
         logits,
@@ -97,7 +97,7 @@ def _expert_choice_context(ctx, inputs, output):
 
 def _expert_choice_backward(ctx, grad_weights, *_):
     logits, tokens = ctx.saved_tensors
-    return _ops.expert_choice_backward(grad_weights, logits, tokens), None, None, None
+    return _ops.expert_choice_backward.default(grad_weights, logits, tokens), None, None, None
 
 
 register_autograd(
@@ -161,7 +161,7 @@ def _dispatch_context(ctx, inputs, output):
 
 
 def _dispatch_backward(ctx, grad):
-    return _ops.combine(grad, None, *ctx.saved_tensors), None, None, None, None
+    return _ops.combine.default(grad, None, *ctx.saved_tensors), None, None, None, None
 
 
 def _combine_context(ctx, inputs, output):
@@ -172,8 +172,8 @@ def _combine_context(ctx, inputs, output):
 def _combine_backward(ctx, grad):
     rows, weights, *plan = ctx.saved_tensors
     if weights is None:
-        return (_ops.dispatch(grad, *plan), *[None] * 5)
-    grad_rows, grad_weights = _ops.combine_backward(grad, rows, weights, *plan)
+        return (_ops.dispatch.default(grad, *plan), *[None] * 5)
+    grad_rows, grad_weights = _ops.combine_backward.default(grad, rows, weights, *plan)
     return (grad_rows, grad_weights, *[None] * 4)
 
 
@@ -214,11 +214,11 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _load_balance_backward(ctx, grad):
-    return _ops.load_balance_loss_backward(grad, *ctx.saved_tensors), None, None
+    return _ops.load_balance_loss_backward.default(grad, *ctx.saved_tensors), None, None
 
 
 def _z_loss_backward(ctx, grad):
-    return _ops.router_z_loss_backward(grad, *ctx.saved_tensors), None
+    return _ops.router_z_loss_backward.default(grad, *ctx.saved_tensors), None
 
 
 register_autograd(

@@ -81,7 +81,7 @@ def gate(
         `logsumexp` to `logits`; the bias gets no gradient.
     """
     return Gate(
-        *_ops.gate(
+        *_ops.gate.default(
             logits,
             top_k,
             scoring,
@@ -114,7 +114,7 @@ def expert_choice(
         ExpertChoice(weights [E, N], tokens [E, N], threshold [n_groups, E]), N = n_groups *
         capacity, tokens ascending in each group. Differentiable in `weights`.
     """
-    return ExpertChoice(*_ops.expert_choice(logits, capacity, n_groups, mask))
+    return ExpertChoice(*_ops.expert_choice.default(logits, capacity, n_groups, mask))
 
 
 def plan(
@@ -145,7 +145,7 @@ def plan(
         raise ValueError("weights must be given for drop_policy='weight', got None")
     by_weight = drop_policy == "weight" and capacity is not None and weights is not None
     keys = weights.detach().float() if by_weight and weights is not None else None
-    offsets, counts, row_token, row_pair, token_rows = _ops.plan(
+    offsets, counts, row_token, row_pair, token_rows = _ops.plan.default(
         experts, num_experts, capacity, keys
     )
     return Plan(offsets, counts, row_token, row_pair, token_rows, None)
@@ -162,12 +162,14 @@ def plan_from_tokens(tokens: Tensor, num_tokens: int) -> Plan:
     Returns:
         Plan with R = E*N rows. Weights for :func:`combine` are [E, N], as the choice gave them.
     """
-    return Plan(*_ops.plan_from_tokens(tokens, num_tokens))
+    return Plan(*_ops.plan_from_tokens.default(tokens, num_tokens))
 
 
 def dispatch(x: Tensor, plan: Plan) -> Tensor:
     """Copy each token to its rows: x [T, H] -> rows [R, H]; a row without a token is zero."""
-    return _ops.dispatch(x, plan.row_token, plan.row_pair, plan.token_rows, plan.token_offsets)
+    return _ops.dispatch.default(
+        x, plan.row_token, plan.row_pair, plan.token_rows, plan.token_offsets
+    )
 
 
 def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
@@ -183,7 +185,7 @@ def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     """
     if weights is not None:
         weights = weights.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-    return _ops.combine(
+    return _ops.combine.default(
         rows, weights, plan.row_token, plan.row_pair, plan.token_rows, plan.token_offsets
     )
 
@@ -202,7 +204,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         [R, N]. Differentiable in x and weight.
     """
-    return _ops.grouped_linear(x, weight, offsets)
+    return _ops.grouped_linear.default(x, weight, offsets)
 
 
 def experts(
@@ -259,7 +261,7 @@ def load_balance_loss(logits: Tensor, counts: Tensor, mask: Tensor | None = None
     Returns:
         A scalar.
     """
-    return _ops.load_balance_loss(logits, counts, mask)
+    return _ops.load_balance_loss.default(logits, counts, mask)
 
 
 def router_z_loss(logsumexp: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -273,7 +275,7 @@ def router_z_loss(logsumexp: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         A scalar.
     """
-    return _ops.router_z_loss(logsumexp, mask)
+    return _ops.router_z_loss.default(logsumexp, mask)
 
 
 def update_expert_bias_(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
@@ -288,5 +290,5 @@ def update_expert_bias_(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
         bias.
     """
     with torch.no_grad():
-        _ops.update_expert_bias_(bias, counts, rate)
+        _ops.update_expert_bias_.default(bias, counts, rate)
     return bias

@@ -224,12 +224,10 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def activate(hidden: Tensor, activation: str) -> Tensor:
     """The experts' nonlinearity; of a gated one, the first half of the columns is the gate."""
-    if activation == "swiglu":
+    if activation in ("swiglu", "geglu"):
         g, up = hidden.chunk(2, dim=-1)
-        return F.silu(g) * up
-    if activation == "geglu":
-        g, up = hidden.chunk(2, dim=-1)
-        return F.gelu(g) * up
+        g = F.silu(g) if activation == "swiglu" else F.gelu(g)
+        return g * up if torch.is_grad_enabled() else g.mul_(up)
     if activation == "relu2":
         return F.relu(hidden).square()
     return {"silu": F.silu, "gelu": F.gelu}[activation](hidden)
