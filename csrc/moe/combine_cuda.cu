@@ -83,9 +83,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const int64_t token = blockIdx.x, packs = width / N;
   const int n_warps = blockDim.x / 32;
   if (warp_id() == 0 && !all_rows_used(map)) {
-    clear_unused(map, token, gridDim.x, reinterpret_cast<P*>(grad_rows), packs, [=](int64_t row) {
-      if (map.token_offsets) grad_weights[row] = 0;
-    });
+    clear_unused(map, token, gridDim.x, reinterpret_cast<P*>(grad_rows), packs);
   }
   const Entries entries = entries_of(map, token);
   const P* from_grad = reinterpret_cast<const P*>(grad + token * grad_stride);
@@ -163,6 +161,11 @@ int combine_cuda(const CombineParams& p, void* stream) {
 }
 
 int combine_backward_cuda(const CombineBackwardParams& p, void* stream) {
+  if (p.map.token_offsets) {  // the kernel writes the pairs that have a row
+    const cudaError_t error =
+        cudaMemsetAsync(p.grad_weights, 0, p.n_pairs * sizeof(float), cudaStream_t(stream));
+    if (error != cudaSuccess) return int(error);
+  }
   return with_cuda_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto launch = [&](auto n) {

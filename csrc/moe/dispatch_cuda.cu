@@ -1,5 +1,7 @@
 #include <cuda_pipeline.h>
 
+#include <cmath>
+
 #include "moe/dispatch.h"
 #include "moe/rows.cuh"
 
@@ -8,13 +10,10 @@ namespace {
 
 // A unit of work is 32 * kPacks packs of a token. A block first reads, all its warps together, and
 // then writes: the memory turns from the one to the other less often, and the more a block holds,
-// the less. So where there is enough work, blocks are as large as they come, and each warp holds
-// one unit in registers and one in shared memory.
+// the less. So where there is enough work, blocks are as large as they come: they hold one unit a
+// warp in registers, and more in shared memory.
 constexpr int kLargeBlock = 1024, kLargePacks = 8;
 constexpr int kSmallBlock = 64, kSmallPacks = 4;
-// One large block, without shared memory, on each of an H100's multiprocessors; three with it.
-constexpr int64_t kManyUnits = 132 * kLargeBlock / 32;
-constexpr int64_t kVeryManyUnits = 3 * 2 * kManyUnits;
 
 // A store that stays in the second-level cache only.
 template <class P>
@@ -63,52 +62,65 @@ __device__ void write_rows(const RowMap& map, Unit unit, const P (&held)[kPacks]
 template <class P, int kPacks>
 __global__ void __launch_bounds__(kLargeBlock)
     dispatch_kernel(const RowMap map, const P* x, int64_t x_stride, P* rows, int width, int pieces,
-                    bool second) {
+                    int n_shared) {
   extern __shared__ __align__(16) char shared_bytes[];
-  P* const shared = reinterpret_cast<P*>(shared_bytes) + warp_id() * 32 * kPacks + lane_id();
+  P* const shared = reinterpret_cast<P*>(shared_bytes) + lane_id();
   const int n_warps = blockDim.x / 32;
-  const int64_t first = blockIdx.x * int64_t(second ? 2 * n_warps : n_warps) + warp_id();
+  const int64_t first = blockIdx.x * int64_t(n_warps + n_shared);
   P held[kPacks];
   if constexpr (sizeof(P) == 16) {
-    if (second) {
-      const Unit unit(map, first + n_warps, pieces, kPacks);
+    for (int s = warp_id(); s < n_shared; s += n_warps) {
+      const Unit unit(map, first + n_warps + s, pieces, kPacks);
       const P* from = x + unit.token * x_stride + unit.column;
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
         if (unit.entries.count > 0 && unit.column + 32 * i < width) {
-          __pipeline_memcpy_async(shared + 32 * i, from + 32 * i, sizeof(P));
+          __pipeline_memcpy_async(shared + (s * kPacks + i) * 32, from + 32 * i, sizeof(P));
         }
       }
     }
   }
-  const Unit unit(map, first, pieces, kPacks);
+  const Unit unit(map, first + warp_id(), pieces, kPacks);
   const P* from = x + unit.token * x_stride + unit.column;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     if (unit.entries.count > 0 && unit.column + 32 * i < width) held[i] = load(from + 32 * i);
   }
   const bool all_used = all_rows_used(map);
+  __pipeline_commit();
   __pipeline_wait_prior(0);
   __syncthreads();
   write_rows(map, unit, held, rows, width);
-  if (second) {
+  for (int s = warp_id(); s < n_shared; s += n_warps) {
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) held[i] = shared[32 * i];
-    write_rows(map, Unit(map, first + n_warps, pieces, kPacks), held, rows, width);
+    for (int i = 0; i < kPacks; ++i) held[i] = shared[(s * kPacks + i) * 32];
+    write_rows(map, Unit(map, first + n_warps + s, pieces, kPacks), held, rows, width);
   }
   if (!all_used) {
     clear_unused(map, blockIdx.x * int64_t(n_warps) + warp_id(), gridDim.x * int64_t(n_warps), rows,
-                 width, [](int64_t) {});
+                 width);
   }
 }
 
-// Whether a block of the device may have that much shared memory.
-bool has_shared(int bytes) {
-  int device = 0, most = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
-             cudaSuccess &&
-         bytes <= most;
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+
+// Units of a large block in shared memory: as many as leave few multiprocessors idle in the last
+// round of blocks. Measured on an H100.
+int shared_units(int64_t n_units, int n_warps, int unit_bytes) {
+  for (const int n : {48, 32}) {
+    const double per_round = attribute(cudaDevAttrMultiProcessorCount) * double(n_warps + n);
+    const double rounds = double(n_units) / per_round;
+    if ((rounds >= 3 || rounds / std::ceil(rounds) >= 0.9) &&
+        n * unit_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
+      return n;
+    }
+  }
+  return 0;
 }
 
 template <class P, int kPacks>
@@ -117,17 +129,19 @@ int dispatch_packs(const DispatchParams& p, int threads, void* stream) {
   const int64_t width = p.row_bytes / int64_t(sizeof(P));
   const int64_t pieces = ceil_div(width, 32 * kPacks);
   const int64_t n_units = std::max<int64_t>(1, p.map.n_tokens * pieces);
-  int shared = threads * kPacks * int(sizeof(P));
-  if (sizeof(P) < 16 || n_units < kVeryManyUnits || !has_shared(shared)) shared = 0;
-  if (shared > 0) {
+  const int n_warps = threads / 32, unit_bytes = 32 * kPacks * int(sizeof(P));
+  const bool large = threads == kLargeBlock && sizeof(P) == 16;
+  const int n_shared = large ? shared_units(n_units, n_warps, unit_bytes) : 0;
+  const int shared_bytes = n_shared * unit_bytes;
+  if (shared_bytes > 0) {
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return int(error);
   }
-  const int64_t units_per_block = threads / 32 * (shared > 0 ? 2 : 1);
-  kernel<<<unsigned(ceil_div(n_units, units_per_block)), threads, shared, cudaStream_t(stream)>>>(
-      p.map, static_cast<const P*>(p.x), p.x_stride_bytes / int64_t(sizeof(P)),
-      static_cast<P*>(p.rows), int(width), int(pieces), shared > 0);
+  kernel<<<unsigned(ceil_div(n_units, n_warps + n_shared)), threads, shared_bytes,
+           cudaStream_t(stream)>>>(p.map, static_cast<const P*>(p.x),
+                                   p.x_stride_bytes / int64_t(sizeof(P)), static_cast<P*>(p.rows),
+                                   int(width), int(pieces), n_shared);
   return int(cudaGetLastError());
 }
 
@@ -139,7 +153,8 @@ int dispatch_cuda(const DispatchParams& p, void* stream) {
   return with_pack(together, [&](auto* type) {
     using P = std::remove_pointer_t<decltype(type)>;
     const int64_t large_unit = 32 * kLargePacks * sizeof(P);
-    return p.map.n_tokens * ceil_div(p.row_bytes, large_unit) >= kManyUnits
+    const int64_t one_round = attribute(cudaDevAttrMultiProcessorCount) * (kLargeBlock / 32);
+    return p.map.n_tokens * ceil_div(p.row_bytes, large_unit) >= one_round
                ? dispatch_packs<P, kLargePacks>(p, kLargeBlock, stream)
                : dispatch_packs<P, kSmallPacks>(p, kSmallBlock, stream);
   });

@@ -45,11 +45,10 @@ __device__ inline bool all_rows_used(const RowMap& map) {
          uint32_t(map.row_token[map.n_rows - 1]) < uint64_t(map.n_tokens);
 }
 
-// Of the rows that fall to worker `worker` of `n_workers` warps, clears those without token, and
-// tells `cleared(row)` of each.
-template <class P, class F>
+// Of the rows that fall to worker `worker` of `n_workers` warps, clears those without token.
+template <class P>
 __device__ void clear_unused(const RowMap& map, int64_t worker, int64_t n_workers, P* rows,
-                             int64_t packs_per_row, F cleared) {
+                             int64_t packs_per_row) {
   const int64_t share = (map.n_rows + n_workers - 1) / n_workers;
   const int64_t end = min((worker + 1) * share, map.n_rows);
   for (int64_t first = worker * share; first < end; first += 32) {
@@ -60,7 +59,6 @@ __device__ void clear_unused(const RowMap& map, int64_t worker, int64_t n_worker
       const int64_t r = first + __ffs(todo) - 1;
       todo &= todo - 1;
       for (int64_t c = lane_id(); c < packs_per_row; c += 32) rows[r * packs_per_row + c] = P{};
-      if (lane_id() == 0) cleared(r);
     }
   }
 }

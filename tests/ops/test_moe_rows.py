@@ -89,13 +89,16 @@ def test_wide_rows(device, width):
     [
         (2000, 520, torch.float32),
         (4300, 520, torch.float32),
-        (26000, 130, torch.float32),
+        (8200, 520, torch.float32),
         (26000, 3, torch.bfloat16),
-        (13000, 2056, torch.bfloat16),
+        (32000, 132, torch.float32),
+        (16000, 2056, torch.bfloat16),
     ],
 )
 def test_many_tokens(device, n_tokens, width, dtype):
     """Sizes for which a GPU takes another grid each."""
+    if device == "cpu" and n_tokens > 2000:
+        pytest.skip("for a GPU")
     x = torch.randn(n_tokens, width, device=device).to(dtype)
     for plan, weights in plans(n_tokens, 4, 2, device):
         used = plan.row_token >= 0
