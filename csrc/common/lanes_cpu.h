@@ -108,5 +108,21 @@ void softmax_lanes(Real* x, int64_t n) {
   }
 }
 
+// Calls f(first, count, x) for every block of `count` rows from `first` on, x[e][lane] being the
+// softmax of row first + lane. f may change x. In parallel.
+template <class T, class F>
+void for_each_softmax(const T* logits, int64_t stride, int64_t n_rows, int64_t n, F f) {
+  const int64_t n_blocks = (n_rows + kLanes - 1) / kLanes;
+  parallel_for(0, n_blocks, grain_for(kLanes * 64 * n), [&](int64_t begin, int64_t end) {
+    std::vector<acc_t<T>> x(n * kLanes);
+    for (int64_t first = begin * kLanes; first < std::min(end * kLanes, n_rows); first += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, n_rows - first);
+      load_lanes(logits + first * stride, stride, n, count, x.data());
+      softmax_lanes(x.data(), n);
+      f(first, count, x.data());
+    }
+  });
+}
+
 }  // namespace SPARSEMOE_ISA
 }  // namespace sparsemoe

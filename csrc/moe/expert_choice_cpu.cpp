@@ -16,20 +16,12 @@ void choose(const ExpertChoiceParams& p) {
   using Key = decltype(unsigned_key(Real()));
   const int64_t n_experts = p.n_experts, per_group = p.n_tokens / p.n_groups;
   Real* scores = static_cast<Real*>(p.workspace);  // [n_experts, n_tokens]
-  const int64_t n_blocks = (p.n_tokens + kLanes - 1) / kLanes;
-  parallel_for(0, n_blocks, grain_for(kLanes * 64 * n_experts), [&](int64_t begin, int64_t end) {
-    std::vector<Real> block(n_experts * kLanes);
-    for (int64_t first = begin * kLanes; first < std::min(end * kLanes, p.n_tokens);
-         first += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, p.n_tokens - first);
-      load_lanes(static_cast<const T*>(p.logits) + first * p.logits_stride, p.logits_stride,
-                 n_experts, count, block.data());
-      softmax_lanes(block.data(), n_experts);
-      for (int64_t e = 0; e < n_experts; ++e) {
-        std::copy_n(&block[e * kLanes], count, scores + e * p.n_tokens + first);
-      }
-    }
-  });
+  for_each_softmax(static_cast<const T*>(p.logits), p.logits_stride, p.n_tokens, n_experts,
+                   [&](int64_t first, int64_t count, const Real* block) {
+                     for (int64_t e = 0; e < n_experts; ++e) {
+                       std::copy_n(&block[e * kLanes], count, scores + e * p.n_tokens + first);
+                     }
+                   });
 
   parallel_for(0, n_experts * p.n_groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<Key> keys(per_group), pool;
@@ -86,34 +78,28 @@ void choose_backward(const ExpertChoiceBackwardParams& p) {
       if (token < p.n_tokens) dense[token * n_experts + i / p.n_chosen] += grad_weights[i];
     }
   });
-  const int64_t n_blocks = (p.n_tokens + kLanes - 1) / kLanes;
-  parallel_for(0, n_blocks, grain_for(kLanes * 64 * n_experts), [&](int64_t begin, int64_t end) {
-    std::vector<Real> score(n_experts * kLanes), grad(n_experts * kLanes);
-    for (int64_t first = begin * kLanes; first < std::min(end * kLanes, p.n_tokens);
-         first += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, p.n_tokens - first);
-      load_lanes(static_cast<const T*>(p.logits) + first * p.logits_stride, p.logits_stride,
-                 n_experts, count, score.data());
-      softmax_lanes(score.data(), n_experts);
-      load_lanes(dense + first * n_experts, n_experts, n_experts, count, grad.data());
-      Real inner[kLanes] = {};
-      int32_t chosen[kLanes] = {};
-      for (int64_t e = 0; e < n_experts; ++e) {
-        SPARSEMOE_LANES(i) {
-          inner[i] += grad[e * kLanes + i] * score[e * kLanes + i];
-          chosen[i] |= grad[e * kLanes + i] != 0;
-        }
+  const auto gradient = [&](int64_t first, int64_t count, const Real* score) {
+    std::vector<Real> grad(n_experts * kLanes);
+    load_lanes(dense + first * n_experts, n_experts, n_experts, count, grad.data());
+    Real inner[kLanes] = {};
+    int32_t chosen[kLanes] = {};
+    for (int64_t e = 0; e < n_experts; ++e) {
+      SPARSEMOE_LANES(i) {
+        inner[i] += grad[e * kLanes + i] * score[e * kLanes + i];
+        chosen[i] |= grad[e * kLanes + i] != 0;
       }
-      for (int64_t e = 0; e < n_experts; ++e) {
-        SPARSEMOE_LANES(i) {
-          const Real g = score[e * kLanes + i] * (grad[e * kLanes + i] - inner[i]);
-          grad[e * kLanes + i] = chosen[i] ? g : Real(0);
-        }
-      }
-      store_lanes(grad.data(), n_experts, count, static_cast<T*>(p.grad_logits) + first * n_experts,
-                  n_experts);
     }
-  });
+    for (int64_t e = 0; e < n_experts; ++e) {
+      SPARSEMOE_LANES(i) {
+        const Real g = score[e * kLanes + i] * (grad[e * kLanes + i] - inner[i]);
+        grad[e * kLanes + i] = chosen[i] ? g : Real(0);
+      }
+    }
+    store_lanes(grad.data(), n_experts, count, static_cast<T*>(p.grad_logits) + first * n_experts,
+                n_experts);
+  };
+  for_each_softmax(static_cast<const T*>(p.logits), p.logits_stride, p.n_tokens, n_experts,
+                   gradient);
 }
 
 void expert_choice(const ExpertChoiceParams& p) {

@@ -75,31 +75,23 @@ void balance_backward(const LoadBalanceBackwardParams& p) {
   const int64_t n = p.n_experts;
   const Real factor = *static_cast<const Real*>(p.grad) * Real(n) /
                       (Real(unmasked(p.mask, p.n_tokens)) * Real(total(p.counts, n)));
-  const int64_t n_blocks = (p.n_tokens + kLanes - 1) / kLanes;
-  parallel_for(0, n_blocks, grain_for(kLanes * 64 * n), [&](int64_t begin, int64_t end) {
-    std::vector<Real> rows(n * kLanes);
-    for (int64_t first = begin * kLanes; first < std::min(end * kLanes, p.n_tokens);
-         first += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, p.n_tokens - first);
-      load_lanes(static_cast<const T*>(p.logits) + first * p.logits_stride, p.logits_stride, n,
-                 count, rows.data());
-      softmax_lanes(rows.data(), n);
-      Real inner[kLanes] = {};
-      for (int64_t e = 0; e < n; ++e) {
-        const Real c = Real(p.counts[e]);
-        SPARSEMOE_LANES(i) inner[i] += rows[e * kLanes + i] * c;
-      }
-      for (int64_t e = 0; e < n; ++e) {
-        const Real c = Real(p.counts[e]);
-        SPARSEMOE_LANES(i) rows[e * kLanes + i] *= factor * (c - inner[i]);
-      }
-      T* out = static_cast<T*>(p.grad_logits) + first * n;
-      store_lanes(rows.data(), n, count, out, n);
-      for (int64_t i = 0; p.mask && i < count; ++i) {
-        if (!p.mask[first + i]) std::memset(static_cast<void*>(out + i * n), 0, n * sizeof(T));
-      }
+  const auto gradient = [&](int64_t first, int64_t count, Real* rows) {
+    Real inner[kLanes] = {};
+    for (int64_t e = 0; e < n; ++e) {
+      const Real c = Real(p.counts[e]);
+      SPARSEMOE_LANES(i) inner[i] += rows[e * kLanes + i] * c;
     }
-  });
+    for (int64_t e = 0; e < n; ++e) {
+      const Real c = Real(p.counts[e]);
+      SPARSEMOE_LANES(i) rows[e * kLanes + i] *= factor * (c - inner[i]);
+    }
+    T* out = static_cast<T*>(p.grad_logits) + first * n;
+    store_lanes(rows, n, count, out, n);
+    for (int64_t i = 0; p.mask && i < count; ++i) {
+      if (!p.mask[first + i]) std::memset(static_cast<void*>(out + i * n), 0, n * sizeof(T));
+    }
+  };
+  for_each_softmax(static_cast<const T*>(p.logits), p.logits_stride, p.n_tokens, n, gradient);
 }
 
 template <class Real>
