@@ -88,7 +88,8 @@ plan_dispatch = {
     "moe-ops": call(peers.dispatch, "x experts num_experts"),
 }
 dispatch_backward = {
-    **ours("combine", "rows_gradient plan"),  # as the others: what the gradient is, called itself
+    # combine without weights is dispatch's gradient; called without autograd, as the others are
+    **ours("combine", "rows_gradient plan"),
     **plain(plain_moe.combine, MOVE_BACK),
     "torch, index_add": call(plain_moe.combine_index_add, MOVE_BACK),
     "torch, embedding_bag": call(plain_moe.combine_embedding_bag, MOVE_BACK),

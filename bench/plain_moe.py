@@ -140,5 +140,7 @@ def experts(
     linear = linear or (loop_linear if x.device.type == "cpu" else grouped_linear)
     hidden = linear(dispatch(x, plan), gate_up_proj, plan.offsets)
     gate_rows, up_rows = hidden.chunk(2, dim=-1)
-    rows = linear(F.silu(gate_rows) * up_rows, down_proj, plan.offsets)
+    gate_rows = F.silu(gate_rows)
+    hidden = gate_rows * up_rows if torch.is_grad_enabled() else gate_rows.mul_(up_rows)
+    rows = linear(hidden, down_proj, plan.offsets)
     return sum_rows(rows, plan, weights)

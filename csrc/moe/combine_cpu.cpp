@@ -66,10 +66,10 @@ void sum_rows_backward(const CombineBackwardParams& p) {
   const Real* weights = static_cast<const Real*>(p.weights);
   Real* grad_weights = static_cast<Real*>(p.grad_weights);
   std::fill(grad_weights, grad_weights + p.n_pairs, Real(0));
-  const int64_t part_bytes = (map.n_rows / map.n_tokens + 1) * p.width * 16;
-  parallel_for(0, map.n_tokens, grain_for(part_bytes), [&](int64_t begin, int64_t end) {
-    clear_unused(map, begin, end, map.n_tokens, static_cast<char*>(p.grad_rows),
-                 p.width * sizeof(T));
+  clear_unused(map, grad_rows, p.width * sizeof(T));
+  const int64_t per_token = map.n_rows / std::max<int64_t>(map.n_tokens, 1) + 1;
+  const int64_t grain = grain_for(per_token * p.width * 16);
+  parallel_for(0, map.n_tokens, grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const T* grad = static_cast<const T*>(p.grad) + t * p.grad_stride;
       Entries entries = entries_of(map, t);

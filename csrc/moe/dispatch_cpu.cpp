@@ -25,11 +25,11 @@ void copy_to(const char* from, char* const* to, int64_t bytes) {
 void dispatch(const DispatchParams& p) {
   const RowMap& map = p.map;
   char* rows = static_cast<char*>(p.rows);
-  const int64_t n_parts = std::max<int64_t>(map.n_tokens, 1);
-  const int64_t part_bytes = (map.n_rows / n_parts + 1) * p.row_bytes;
-  parallel_for(0, n_parts, grain_for(part_bytes), [&](int64_t begin, int64_t end) {
-    clear_unused(map, begin, end, n_parts, rows, p.row_bytes);
-    for (int64_t t = begin; t < std::min(end, map.n_tokens); ++t) {
+  clear_unused(map, rows, p.row_bytes);
+  const int64_t per_token = map.n_rows / std::max<int64_t>(map.n_tokens, 1) + 1;
+  const int64_t grain = grain_for(per_token * p.row_bytes);
+  parallel_for(0, map.n_tokens, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
       const char* from = static_cast<const char*>(p.x) + t * p.x_stride_bytes;
       Entries entries = entries_of(map, t);
       while (entries.next < entries.stop) {

@@ -110,15 +110,13 @@ int attribute(cudaDeviceAttr which) {
 }
 
 // Units of a large block in shared memory: as many as leave few multiprocessors idle in the last
-// round of blocks. Measured on an H100.
-int shared_units(int64_t n_units, int n_warps, int unit_bytes) {
+// round of blocks, which matters less after many rounds; or none. Measured on an H100.
+int shared_units(int64_t n_units, int n_warps, int unit_bytes, int most_bytes) {
   for (const int n : {48, 32}) {
     const double per_round = attribute(cudaDevAttrMultiProcessorCount) * double(n_warps + n);
     const double rounds = double(n_units) / per_round;
-    if ((rounds >= 3 || rounds / std::ceil(rounds) >= 0.9) &&
-        n * unit_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
-      return n;
-    }
+    const bool full = rounds >= 3 || rounds / std::ceil(rounds) >= 0.9;
+    if (full && n * unit_bytes <= most_bytes) return n;
   }
   return 0;
 }
@@ -131,14 +129,15 @@ int dispatch_packs(const DispatchParams& p, int threads, void* stream) {
   const int64_t n_units = std::max<int64_t>(1, p.map.n_tokens * pieces);
   const int n_warps = threads / 32, unit_bytes = 32 * kPacks * int(sizeof(P));
   const bool large = threads == kLargeBlock && sizeof(P) == 16;
-  const int n_shared = large ? shared_units(n_units, n_warps, unit_bytes) : 0;
-  const int shared_bytes = n_shared * unit_bytes;
-  if (shared_bytes > 0) {
+  const int most_bytes = large ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) : 0;
+  const int n_shared = large ? shared_units(n_units, n_warps, unit_bytes, most_bytes) : 0;
+  if (n_shared > 0) {
+    // Always the same value: threads that launch at the same time share this attribute.
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return int(error);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
+    if (error != cudaSuccess) return int(cudaGetLastError());
   }
-  kernel<<<unsigned(ceil_div(n_units, n_warps + n_shared)), threads, shared_bytes,
+  kernel<<<unsigned(ceil_div(n_units, n_warps + n_shared)), threads, n_shared * unit_bytes,
            cudaStream_t(stream)>>>(p.map, static_cast<const P*>(p.x),
                                    p.x_stride_bytes / int64_t(sizeof(P)), static_cast<P*>(p.rows),
                                    int(width), int(pieces), n_shared);

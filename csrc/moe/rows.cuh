@@ -9,7 +9,7 @@ namespace sparsemoe {
 constexpr int kRowThreads = 256;
 constexpr int kRowWarps = kRowThreads / 32;
 
-// Indices of a plan that are out of range stand for none.
+// Of a plan that was changed by hand, indices out of range stand for none.
 
 // The places of a token's rows in token_rows.
 struct Entries {
@@ -31,7 +31,8 @@ __device__ inline int row_of(const RowMap& map, int64_t i) {
   return uint32_t(row) < uint64_t(map.n_rows) ? row : -1;
 }
 
-// The pair of entry i, whose row is `row` or -1; or -1.
+// The pair of entry i, whose row is `row` or -1. Below zero where there is none: its weight is
+// zero.
 __device__ inline int64_t pair_of(const RowMap& map, int64_t i, int row) {
   if (!map.token_offsets) return i;
   const int64_t pair = row < 0 ? -1 : map.row_pair[row];

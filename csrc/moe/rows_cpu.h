@@ -1,5 +1,5 @@
 // What the CPU kernels that move rows by a plan share. Included once for each instruction set: no
-// include guard. Indices of a plan that are out of range stand for none.
+// include guard. Of a plan that was changed by hand, indices out of range stand for none.
 
 namespace sparsemoe {
 namespace SPARSEMOE_ISA {
@@ -28,7 +28,7 @@ inline int take_rows(const RowMap& map, Entries* entries, int64_t* row, int64_t*
   return held;
 }
 
-// The pair of an entry, or -1.
+// The pair of an entry, or -1: then its weight is zero.
 inline int64_t pair_of(const RowMap& map, int64_t entry, int64_t row) {
   if (!map.token_offsets) return entry;
   const int64_t pair = uint32_t(map.row_pair[row]);
@@ -52,17 +52,17 @@ void with_count(int n, F f) {
   }
 }
 
-// Clears the rows without a token in the share of all rows that goes with tokens [begin, end) of
-// n_parts.
-inline void clear_unused(const RowMap& map, int64_t begin, int64_t end, int64_t n_parts, char* rows,
-                         int64_t row_bytes) {
-  const int64_t share = map.n_rows / n_parts;
-  const int64_t stop = end == n_parts ? map.n_rows : share * end;
-  for (int64_t row = share * begin; row < stop; ++row) {
-    if (uint32_t(map.row_token[row]) >= uint64_t(map.n_tokens)) {
-      std::memset(rows + row * row_bytes, 0, row_bytes);
+// Clears the rows without a token. Those of a plan by tokens come last.
+inline void clear_unused(const RowMap& map, void* rows, int64_t row_bytes) {
+  const auto unused = [&](int64_t row) {
+    return uint32_t(map.row_token[row]) >= uint64_t(map.n_tokens);
+  };
+  if (map.n_rows == 0 || (!map.token_offsets && !unused(map.n_rows - 1))) return;
+  parallel_for(0, map.n_rows, grain_for(row_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (unused(row)) std::memset(static_cast<char*>(rows) + row * row_bytes, 0, row_bytes);
     }
-  }
+  });
 }
 
 }  // namespace SPARSEMOE_ISA

@@ -1,5 +1,7 @@
 """dispatch and combine."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -109,6 +111,22 @@ def test_many_tokens(device, n_tokens, width, dtype):
         total = torch.zeros(n_tokens, width, device=device)
         total.index_add_(0, plan.row_token.clamp(min=0), scaled)
         close(moe.combine(expected, plan, weights), total.to(dtype))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_threads_that_dispatch_at_the_same_time():
+    """Sizes whose kernels take different amounts of shared memory."""
+    cases = []
+    for n_tokens, width in ((32000, 132), (8200, 520)):
+        plan = moe.plan(torch.randint(0, 4, (n_tokens, 1), dtype=torch.int32, device="cuda"), 4)
+        x = torch.randn(n_tokens, width, device="cuda")
+        cases.append((x, plan, x[plan.row_token.long()]))
+
+    def repeat(x, plan, expected):
+        return sum(torch.equal(moe.dispatch(x, plan), expected) for _ in range(200)) == 200
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda case: repeat(*case), cases * 2))
 
 
 def test_strided_inputs(device):
