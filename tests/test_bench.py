@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from bench import peers
+from bench import peers, timing
 from bench.bench_moe import OPS
 from bench.case import difference
 from bench.inputs_moe import Inputs, Shape
@@ -32,3 +32,29 @@ def test_implementations_agree(op, name):
     )
     assert difference(op, SHAPE, result, expected) is None
     assert op.nbytes(SHAPE) > 0
+
+
+def test_calls_that_fail_drop_out_of_the_turns():
+    log = []
+
+    def call(name, fails_at=None):
+        def once():
+            log.append(name)
+            if log.count(name) == fails_at:
+                raise RuntimeError
+
+        return once
+
+    def broken():
+        raise RuntimeError
+
+    builders = {
+        "a": lambda: call("a"),
+        "broken": broken,
+        "at once": lambda: call("at once", 1),
+        "later": lambda: call("later", 6),
+        "b": lambda: call("b"),
+    }
+    assert timing.in_turns(builders, seconds=0).keys() == {"a", "b"}
+    assert log.count("a") == log.count("b") == 3 + 5 * 3
+    assert log[-6:] == ["a"] * 3 + ["b"] * 3

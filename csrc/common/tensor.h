@@ -97,7 +97,7 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 inline Tensor with_dense_rows(const Tensor& tensor) {
   const bool dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
   const bool ordered = tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1);
-  return dense && ordered ? tensor : as_contiguous(tensor);
+  return dense && ordered ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline int64_t row_stride(const Tensor& tensor) {

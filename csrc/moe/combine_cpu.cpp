@@ -67,32 +67,24 @@ void sum_rows_backward(const CombineBackwardParams& p) {
   Real* grad_weights = static_cast<Real*>(p.grad_weights);
   std::fill(grad_weights, grad_weights + p.n_pairs, Real(0));
   clear_unused(map, grad_rows, p.width * sizeof(T));
-  const int64_t per_token = map.n_rows / std::max<int64_t>(map.n_tokens, 1) + 1;
-  const int64_t grain = grain_for(per_token * p.width * 16);
-  parallel_for(0, map.n_tokens, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const T* grad = static_cast<const T*>(p.grad) + t * p.grad_stride;
-      Entries entries = entries_of(map, t);
-      while (entries.next < entries.stop) {
-        int64_t index[kRowsAtOnce], entry[kRowsAtOnce];
-        const int held = take_rows(map, &entries, index, entry);
-        for (int m = 0; m < held; ++m) {
-          const T* values = static_cast<const T*>(p.rows) + index[m] * p.rows_stride;
-          T* grad_row = grad_rows + index[m] * p.width;
-          const int64_t pair = pair_of(map, entry[m], index[m]);
-          const Real weight = pair < 0 ? Real(0) : weights[pair];
-          Real inner = 0;
+  const auto gradient = [&](int64_t token, int held, const int64_t* row, const int64_t* entry) {
+    const T* grad = static_cast<const T*>(p.grad) + token * p.grad_stride;
+    for (int m = 0; m < held; ++m) {
+      const T* values = static_cast<const T*>(p.rows) + row[m] * p.rows_stride;
+      T* grad_row = grad_rows + row[m] * p.width;
+      const int64_t pair = pair_of(map, entry[m], row[m]);
+      const Real weight = pair < 0 ? Real(0) : weights[pair];
+      Real inner = 0;
 #pragma omp simd reduction(+ : inner)
-          for (int64_t c = 0; c < p.width; ++c) {
-            const Real g = load(grad[c]);
-            inner += g * load(values[c]);
-            store(grad_row + c, weight * g);
-          }
-          if (pair >= 0) grad_weights[pair] = inner;
-        }
+      for (int64_t c = 0; c < p.width; ++c) {
+        const Real g = load(grad[c]);
+        inner += g * load(values[c]);
+        store(grad_row + c, weight * g);
       }
+      if (pair >= 0) grad_weights[pair] = inner;
     }
-  });
+  };
+  for_each_token(map, p.width * 16, gradient);
 }
 
 void combine(const CombineParams& p) {

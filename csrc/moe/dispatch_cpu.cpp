@@ -26,21 +26,13 @@ void dispatch(const DispatchParams& p) {
   const RowMap& map = p.map;
   char* rows = static_cast<char*>(p.rows);
   clear_unused(map, rows, p.row_bytes);
-  const int64_t per_token = map.n_rows / std::max<int64_t>(map.n_tokens, 1) + 1;
-  const int64_t grain = grain_for(per_token * p.row_bytes);
-  parallel_for(0, map.n_tokens, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const char* from = static_cast<const char*>(p.x) + t * p.x_stride_bytes;
-      Entries entries = entries_of(map, t);
-      while (entries.next < entries.stop) {
-        int64_t row[kRowsAtOnce], entry[kRowsAtOnce];
-        const int held = take_rows(map, &entries, row, entry);
-        char* to[kRowsAtOnce];
-        for (int m = 0; m < held; ++m) to[m] = rows + row[m] * p.row_bytes;
-        with_count(held, [&](auto count) { copy_to<count>(from, to, p.row_bytes); });
-      }
-    }
-  });
+  const auto copy = [&](int64_t token, int held, const int64_t* row, const int64_t*) {
+    const char* from = static_cast<const char*>(p.x) + token * p.x_stride_bytes;
+    char* to[kRowsAtOnce];
+    for (int m = 0; m < held; ++m) to[m] = rows + row[m] * p.row_bytes;
+    with_count(held, [&](auto count) { copy_to<count>(from, to, p.row_bytes); });
+  };
+  for_each_token(map, p.row_bytes, copy);
 }
 
 }  // namespace SPARSEMOE_ISA

@@ -35,6 +35,24 @@ inline int64_t pair_of(const RowMap& map, int64_t entry, int64_t row) {
   return pair < map.n_rows ? pair : -1;
 }
 
+// Calls f(token, held, row, entry) for up to kRowsAtOnce rows of a token at a time. Tokens in
+// parallel.
+template <class F>
+void for_each_token(const RowMap& map, int64_t row_bytes, F f) {
+  const int64_t per_token = map.n_rows / std::max<int64_t>(map.n_tokens, 1) + 1;
+  const int64_t grain = grain_for(per_token * row_bytes);
+  parallel_for(0, map.n_tokens, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      Entries entries = entries_of(map, t);
+      while (entries.next < entries.stop) {
+        int64_t row[kRowsAtOnce], entry[kRowsAtOnce];
+        const int held = take_rows(map, &entries, row, entry);
+        f(t, held, row, entry);
+      }
+    }
+  });
+}
+
 // Calls f with a constant equal to n, which is 0 to kRowsAtOnce.
 template <class F>
 void with_count(int n, F f) {
