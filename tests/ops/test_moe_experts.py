@@ -70,3 +70,17 @@ def test_gradient_in_float64():
     assert torch.autograd.gradcheck(
         lambda x, up, down, w: moe.experts(x, up, down, plan, w), (*inputs, weights)
     )
+
+
+def test_unused_rows_are_zero_on_the_cpu():
+    """Deterministic mode fills new memory with NaN."""
+    offsets = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(3, 6, 4, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        y = moe.grouped_linear(x, weight, offsets)
+        grads = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (y[3:] == 0).all() and (grads[0][3:] == 0).all()
+    assert (grads[1][1] == 0).all() and all(g.isfinite().all() for g in grads)
