@@ -121,6 +121,15 @@ __device__ inline float warp_max(float v) {
   for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, step));
   return v;
 }
+// The sum of the values of this lane and the lanes below it.
+__device__ inline int warp_scan(int v) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kFullWarp, v, step);
+    if (lane_id() >= step) v += other;
+  }
+  return v;
+}
 
 // Integers in the order of the floats they come from. NaN is 1, below -infinity; 0 is free for
 // "not to be chosen".

@@ -13,6 +13,24 @@ struct Selection {
 };
 
 constexpr int kSelectBins = 2048;
+constexpr int kSelectBatch = 8;  // keys a thread loads before it uses the first
+
+// Walks values[0..n) from the top, n a multiple of 32, until their sum reaches `left`; returns the
+// place and takes what was passed from `left`. Called by a whole warp.
+__device__ inline int walk_from_top(const int* values, int n, int& left) {
+  for (int first = n - 32; first >= 0; first -= 32) {
+    const int here = values[first + 31 - lane_id()];
+    const int upto = warp_scan(here);
+    const unsigned reached = __ballot_sync(kFullWarp, upto >= left);
+    if (reached) {
+      const int lane = __ffs(reached) - 1;
+      left -= __shfl_sync(kFullWarp, upto - here, lane);
+      return first + 31 - lane;
+    }
+    left -= __shfl_sync(kFullWarp, upto, 31);
+  }
+  return 0;
+}
 
 // Radix selection, 11 bits at a time from the top. key(i) for 0 <= i < n; a key of 0 is never
 // chosen. `bins` holds kSelectBins counters in shared memory. Called by a whole block.
@@ -21,6 +39,7 @@ __device__ Selection select_largest(Key key, int n, int count, int* bins) {
   // A place a pass: what one pass reads, no thread writes before the next barrier.
   __shared__ uint32_t shared_prefix[4];
   __shared__ int shared_left[4], shared_valid;
+  __shared__ int groups[kSelectBins / 32];
   constexpr int kShift[3] = {21, 10, 0};
   constexpr int kBits[3] = {11, 11, 10};
   if (threadIdx.x == 0) {
@@ -35,37 +54,36 @@ __device__ Selection select_largest(Key key, int n, int count, int* bins) {
     for (int b = threadIdx.x; b < kSelectBins; b += blockDim.x) bins[b] = 0;
     __syncthreads();
     const uint32_t prefix = shared_prefix[pass];
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      const uint32_t k = key(i);
-      if (pass == 0) valid += k != 0;
-      if (k != 0 && (k & known) == prefix) {
-        atomicAdd(&bins[(k >> kShift[pass]) & ((1 << kBits[pass]) - 1)], 1);
+    for (int first = threadIdx.x; first < n; first += kSelectBatch * blockDim.x) {
+      uint32_t k[kSelectBatch];
+#pragma unroll
+      for (int j = 0; j < kSelectBatch; ++j) {
+        const int i = first + j * blockDim.x;
+        k[j] = i < n ? key(i) : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kSelectBatch; ++j) {
+        if (pass == 0) valid += k[j] != 0;
+        if (k[j] != 0 && (k[j] & known) == prefix) {
+          atomicAdd(&bins[(k[j] >> kShift[pass]) & ((1 << kBits[pass]) - 1)], 1);
+        }
       }
     }
     if (pass == 0 && valid) atomicAdd(&shared_valid, valid);
     __syncthreads();
     if (pass == 0 && shared_valid <= count) return {0, 0, shared_valid};
-    // One warp walks the bins from the top until `left` keys are passed.
+    for (int g = warp_id(); g < kSelectBins / 32; g += blockDim.x / 32) {
+      const int sum = __reduce_add_sync(kFullWarp, bins[32 * g + lane_id()]);
+      if (lane_id() == 0) groups[g] = sum;
+    }
+    __syncthreads();
     if (threadIdx.x < 32) {
       int left = shared_left[pass];
-      for (int first = kSelectBins - 32; first >= 0; first -= 32) {
-        const int bin = first + 31 - int(threadIdx.x);
-        const int here = bins[bin];
-        int upto = here;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-          const int other = __shfl_up_sync(kFullWarp, upto, step);
-          if (threadIdx.x >= unsigned(step)) upto += other;
-        }
-        const unsigned reached = __ballot_sync(kFullWarp, upto >= left);
-        if (reached) {
-          if (int(threadIdx.x) == __ffs(reached) - 1) {
-            shared_prefix[pass + 1] = prefix | (uint32_t(bin) << kShift[pass]);
-            shared_left[pass + 1] = left - (upto - here);
-          }
-          break;
-        }
-        left -= __shfl_sync(kFullWarp, upto, 31);
+      const int group = walk_from_top(groups, kSelectBins / 32, left);
+      const uint32_t bin = 32 * group + walk_from_top(bins + 32 * group, 32, left);
+      if (threadIdx.x == 0) {
+        shared_prefix[pass + 1] = prefix | (bin << kShift[pass]);
+        shared_left[pass + 1] = left;
       }
     }
     known |= ((1u << kBits[pass]) - 1) << kShift[pass];
@@ -74,44 +92,56 @@ __device__ Selection select_largest(Key key, int n, int count, int* bins) {
   return {shared_prefix[3], shared_left[3], count};
 }
 
-// Calls take(i, rank) for every chosen i in ascending order of rank, and leave(i) for the others.
-// Called by a whole block of at most 1024 threads.
+// Calls take(i, rank, key) for every chosen i, whose ranks ascend with i, and leave(i) for the
+// others. Called by a whole block.
 template <class Key, class Take, class Leave>
 __device__ void for_each_selected(Key key, int n, const Selection& selection, Take take,
                                   Leave leave) {
-  __shared__ int above_of[32], equal_of[32];
-  int above = 0, equal = 0;  // before this round
+  __shared__ int of_warp[32];  // chosen for certain in the upper half, equal ones in the lower
+  int above = 0, equal = 0;    // before this warp's share of a round
   const int n_warps = blockDim.x / 32;
-  for (int first = 0; first < n; first += blockDim.x) {
-    const int i = first + threadIdx.x;
-    const uint32_t k = i < n ? key(i) : 0;
-    const bool is_above = k > selection.key;
-    const bool is_equal = k != 0 && k == selection.key;
-    const unsigned above_mask = __ballot_sync(kFullWarp, is_above);
-    const unsigned equal_mask = __ballot_sync(kFullWarp, is_equal);
-    if (lane_id() == 0) {
-      above_of[warp_id()] = __popc(above_mask);
-      equal_of[warp_id()] = __popc(equal_mask);
+  const int batch = min(kSelectBatch, (n + int(blockDim.x) - 1) / int(blockDim.x));
+  for (int round = 0; round < n; round += batch * blockDim.x) {
+    const int first = round + warp_id() * batch * 32 + lane_id();
+    uint32_t k[kSelectBatch];
+    int mine = 0;
+#pragma unroll
+    for (int j = 0; j < kSelectBatch; ++j) {
+      const int i = first + 32 * j;
+      k[j] = j < batch && i < n ? key(i) : 0;
     }
+#pragma unroll
+    for (int j = 0; j < kSelectBatch; ++j) {
+      mine += __popc(__ballot_sync(kFullWarp, k[j] > selection.key)) << 16;
+      mine += __popc(__ballot_sync(kFullWarp, k[j] != 0 && k[j] == selection.key));
+    }
+    if (lane_id() == 0) of_warp[warp_id()] = mine;
     __syncthreads();
-    int above_here = above, equal_here = equal;
-    for (int w = 0; w < n_warps; ++w) {
-      if (w < warp_id()) {
-        above_here += above_of[w];
-        equal_here += equal_of[w];
-      }
-      above += above_of[w];
-      equal += equal_of[w];
-    }
+    const int warp = lane_id() < n_warps ? of_warp[lane_id()] : 0;
+    const int upto = warp_scan(warp);
+    const int before = __shfl_sync(kFullWarp, upto - warp, warp_id());
+    const int all = __shfl_sync(kFullWarp, upto, 31);
+    int above_here = above + (before >> 16), equal_here = equal + (before & 0xffff);
+    above += all >> 16;
+    equal += all & 0xffff;
     const unsigned lower = (1u << lane_id()) - 1;
-    above_here += __popc(above_mask & lower);
-    equal_here += __popc(equal_mask & lower);
-    if (i < n) {
-      if (is_above || (is_equal && equal_here < selection.n_equal)) {
-        take(i, above_here + min(equal_here, selection.n_equal));
-      } else {
-        leave(i);
+#pragma unroll
+    for (int j = 0; j < kSelectBatch; ++j) {
+      const bool is_above = k[j] > selection.key;
+      const bool is_equal = k[j] != 0 && k[j] == selection.key;
+      const unsigned above_mask = __ballot_sync(kFullWarp, is_above);
+      const unsigned equal_mask = __ballot_sync(kFullWarp, is_equal);
+      const int equals = equal_here + __popc(equal_mask & lower);
+      if (j < batch && first + 32 * j < n) {
+        if (is_above || (is_equal && equals < selection.n_equal)) {
+          const int rank = above_here + __popc(above_mask & lower);
+          take(first + 32 * j, rank + min(equals, selection.n_equal), k[j]);
+        } else {
+          leave(first + 32 * j);
+        }
       }
+      above_here += __popc(above_mask);
+      equal_here += __popc(equal_mask);
     }
     __syncthreads();
   }

@@ -1,7 +1,5 @@
 #include <cuda_pipeline.h>
 
-#include <cmath>
-
 #include "moe/dispatch.h"
 #include "moe/rows.cuh"
 
@@ -11,9 +9,9 @@ namespace {
 // A unit of work is 32 * kPacks packs of a token. A block first reads, all its warps together, and
 // then writes: the memory turns from the one to the other less often, and the more a block holds,
 // the less. So where there is enough work, blocks are as large as they come: they hold one unit a
-// warp in registers, and more in shared memory.
+// warp in registers, and more in shared memory. Where there is little, units are small.
 constexpr int kLargeBlock = 1024, kLargePacks = 8;
-constexpr int kSmallBlock = 64, kSmallPacks = 4;
+constexpr int kSmallBlock = 128, kSmallPacks = 4;
 
 // A store that stays in the second-level cache only.
 template <class P>
@@ -109,16 +107,12 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Units of a large block in shared memory: as many as leave few multiprocessors idle in the last
-// round of blocks, which matters less after many rounds; or none. Measured on an H100.
-int shared_units(int64_t n_units, int n_warps, int unit_bytes, int most_bytes) {
-  for (const int n : {48, 32}) {
-    const double per_round = attribute(cudaDevAttrMultiProcessorCount) * double(n_warps + n);
-    const double rounds = double(n_units) / per_round;
-    const bool full = rounds >= 3 || rounds / std::ceil(rounds) >= 0.9;
-    if (full && n * unit_bytes <= most_bytes) return n;
-  }
-  return 0;
+// Units of a large block in shared memory: as few as do the work in the least number of rounds of
+// a block a multiprocessor, so that none is idle in the last.
+int shared_units(int64_t n_units, int n_warps, int most) {
+  const int64_t n_multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t rounds = ceil_div(n_units, n_multiprocessors * (n_warps + most));
+  return int(std::max<int64_t>(0, ceil_div(n_units, n_multiprocessors * rounds) - n_warps));
 }
 
 template <class P, int kPacks>
@@ -130,7 +124,7 @@ int dispatch_packs(const DispatchParams& p, int threads, void* stream) {
   const int n_warps = threads / 32, unit_bytes = 32 * kPacks * int(sizeof(P));
   const bool large = threads == kLargeBlock && sizeof(P) == 16;
   const int most_bytes = large ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) : 0;
-  const int n_shared = large ? shared_units(n_units, n_warps, unit_bytes, most_bytes) : 0;
+  const int n_shared = large ? shared_units(n_units, n_warps, most_bytes / unit_bytes) : 0;
   if (n_shared > 0) {
     // Always the same value: threads that launch at the same time share this attribute.
     const cudaError_t error =
@@ -151,11 +145,15 @@ int dispatch_cuda(const DispatchParams& p, void* stream) {
       p.row_bytes | p.x_stride_bytes | int64_t(uintptr_t(p.x)) | int64_t(uintptr_t(p.rows));
   return with_pack(together, [&](auto* type) {
     using P = std::remove_pointer_t<decltype(type)>;
-    const int64_t large_unit = 32 * kLargePacks * sizeof(P);
-    const int64_t one_round = attribute(cudaDevAttrMultiProcessorCount) * (kLargeBlock / 32);
-    return p.map.n_tokens * ceil_div(p.row_bytes, large_unit) >= one_round
-               ? dispatch_packs<P, kLargePacks>(p, kLargeBlock, stream)
-               : dispatch_packs<P, kSmallPacks>(p, kSmallBlock, stream);
+    const auto warps_each = [&](int packs) {  // for a multiprocessor, in units of so many packs
+      const int64_t n_units = p.map.n_tokens * ceil_div(p.row_bytes, 32 * packs * int(sizeof(P)));
+      return n_units / attribute(cudaDevAttrMultiProcessorCount);
+    };
+    if (warps_each(kLargePacks) >= 32) {
+      return dispatch_packs<P, kLargePacks>(p, kLargeBlock, stream);
+    }
+    return warps_each(1) < 16 ? dispatch_packs<P, 1>(p, kSmallBlock, stream)
+                              : dispatch_packs<P, kSmallPacks>(p, kSmallBlock, stream);
   });
 }
 

@@ -31,9 +31,9 @@ struct ExpertChoiceBackwardParams {
   void* workspace;           // expert_choice_workspace_bytes
 };
 
-// A [n_experts, n_tokens] matrix of reals, and a vector [n_tokens].
+// A [n_experts, n_tokens] matrix of reals.
 inline int64_t expert_choice_workspace_bytes(int64_t n_tokens, int64_t n_experts, DType dtype) {
-  return n_tokens * (n_experts + 1) * (dtype == DType::f64 ? 8 : 4);
+  return n_tokens * n_experts * (dtype == DType::f64 ? 8 : 4);
 }
 
 void expert_choice_cpu(const ExpertChoiceParams& p);

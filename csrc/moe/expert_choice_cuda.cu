@@ -6,52 +6,43 @@ namespace sparsemoe {
 namespace {
 
 constexpr int kRowThreads = 128;
-constexpr int kSelectThreads = 512;
 constexpr int kTile = 32;
 
+// scores[e, t] = softmax(logits[t])[e]. A block takes kTile tokens, a warp each.
 template <class T, int V>
-__global__ void __launch_bounds__(kRowThreads)
-    logsumexp_kernel(int64_t n_tokens, int n, const T* logits, int64_t stride, bool aligned,
-                     float* logsumexp) {
-  const int64_t t = blockIdx.x * int64_t(kRowThreads / 32) + warp_id();
-  if (t >= n_tokens) return;
-  float logit[V];
-  load_row<V>(logits + t * stride, n, aligned, -kInfinity, logit);
-  float top = -kInfinity, sum = 0;
-#pragma unroll
-  for (int i = 0; i < V; ++i) top = fmaxf(top, logit[i]);
-  top = warp_max(top);
-  const float shift = isinf(top) ? 0.0f : top;
-#pragma unroll
-  for (int i = 0; i < V; ++i) sum += expf(logit[i] - shift);
-  sum = warp_sum(sum);
-  if (lane_id() == 0) logsumexp[t] = shift + logf(sum);
-}
-
-// scores[e, t] = softmax(logits[t])[e]
-template <class T>
-__global__ void transpose_scores_kernel(int64_t n_tokens, int n, const T* logits, int64_t stride,
-                                        const float* logsumexp, float* scores) {
+__global__ void __launch_bounds__(kTile * 32)
+    scores_kernel(int64_t n_tokens, int n, const T* logits, int64_t stride, bool aligned,
+                  float* scores) {
   __shared__ float tile[kTile][kTile + 1];
-  const int64_t first = blockIdx.x * int64_t(kTile);
-  const int first_expert = blockIdx.y * kTile;
-  for (int i = threadIdx.y; i < kTile; i += blockDim.y) {
-    const int64_t t = first + i;
-    const int e = first_expert + threadIdx.x;
-    if (t < n_tokens && e < n) {
-      tile[i][threadIdx.x] = expf(to_float(logits[t * stride + e]) - logsumexp[t]);
-    }
+  const int64_t first = blockIdx.x * int64_t(kTile), t = first + warp_id();
+  const T* row = logits + t * stride;
+  float logsumexp = 0;
+  if (t < n_tokens) {
+    float logit[V];
+    load_row<V>(row, n, aligned, -kInfinity, logit);
+    float top = -kInfinity, sum = 0;
+#pragma unroll
+    for (int i = 0; i < V; ++i) top = fmaxf(top, logit[i]);
+    top = warp_max(top);
+    const float shift = isinf(top) ? 0.0f : top;
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum += expf(logit[i] - shift);
+    logsumexp = shift + logf(warp_sum(sum));
   }
-  __syncthreads();
-  for (int i = threadIdx.y; i < kTile; i += blockDim.y) {
-    const int64_t t = first + threadIdx.x;
-    const int e = first_expert + i;
-    if (t < n_tokens && e < n) scores[e * n_tokens + t] = tile[threadIdx.x][i];
+  for (int first_expert = 0; first_expert < n; first_expert += kTile) {
+    int e = first_expert + lane_id();
+    if (t < n_tokens && e < n) tile[warp_id()][lane_id()] = expf(to_float(row[e]) - logsumexp);
+    __syncthreads();
+    e = first_expert + warp_id();
+    if (first + lane_id() < n_tokens && e < n) {
+      scores[e * n_tokens + first + lane_id()] = tile[lane_id()][warp_id()];
+    }
+    __syncthreads();
   }
 }
 
 // One block an expert and group.
-__global__ void __launch_bounds__(kSelectThreads) choose_kernel(const ExpertChoiceParams p) {
+__global__ void __launch_bounds__(1024) choose_kernel(const ExpertChoiceParams p) {
   __shared__ int bins[kSelectBins];
   const int64_t expert = blockIdx.x / p.n_groups, group = blockIdx.x % p.n_groups;
   const int per_group = int(p.n_tokens / p.n_groups), capacity = int(p.capacity);
@@ -64,8 +55,8 @@ __global__ void __launch_bounds__(kSelectThreads) choose_kernel(const ExpertChoi
   const Selection selection = select_largest(key, per_group, capacity, bins);
   for_each_selected(
       key, per_group, selection,
-      [=](int i, int rank) {
-        weights[rank] = score[i];
+      [=](int i, int rank, uint32_t k) {
+        weights[rank] = key_to_float(k);
         tokens[rank] = int32_t(first + i);
       },
       [](int) {});
@@ -147,30 +138,22 @@ __global__ void __launch_bounds__(kRowThreads)
 
 int expert_choice_cuda(const ExpertChoiceParams& p, void* stream_) {
   const cudaStream_t stream = cudaStream_t(stream_);
-  float* scores = static_cast<float*>(p.workspace);
-  float* logsumexp = scores + p.n_tokens * p.n_experts;
   if (p.n_tokens > 0) {
     const int error = with_cuda_dtype(p.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      const T* logits = static_cast<const T*>(p.logits);
-      const int failed = with_lane_width(p.n_experts, [&](auto width) {
+      return with_lane_width(p.n_experts, [&](auto width) {
         constexpr int V = decltype(width)::value;
-        logsumexp_kernel<T, V>
-            <<<unsigned(ceil_div(p.n_tokens, kRowThreads / 32)), kRowThreads, 0, stream>>>(
-                p.n_tokens, int(p.n_experts), logits, p.logits_stride,
-                rows_aligned<V, T>(p.logits, p.n_experts, p.logits_stride), logsumexp);
+        scores_kernel<T, V><<<unsigned(ceil_div(p.n_tokens, kTile)), kTile * 32, 0, stream>>>(
+            p.n_tokens, int(p.n_experts), static_cast<const T*>(p.logits), p.logits_stride,
+            rows_aligned<V, T>(p.logits, p.n_experts, p.logits_stride),
+            static_cast<float*>(p.workspace));
         return int(cudaGetLastError());
       });
-      if (failed) return failed;
-      const dim3 blocks(unsigned(ceil_div(p.n_tokens, kTile)),
-                        unsigned(ceil_div(p.n_experts, kTile)));
-      transpose_scores_kernel<T><<<blocks, dim3(kTile, 8), 0, stream>>>(
-          p.n_tokens, int(p.n_experts), logits, p.logits_stride, logsumexp, scores);
-      return int(cudaGetLastError());
     });
     if (error) return error;
   }
-  choose_kernel<<<unsigned(p.n_experts * p.n_groups), kSelectThreads, 0, stream>>>(p);
+  const int threads = p.n_tokens / p.n_groups <= 256 * kSelectBatch ? 256 : 1024;
+  choose_kernel<<<unsigned(p.n_experts * p.n_groups), threads, 0, stream>>>(p);
   return int(cudaGetLastError());
 }
 

@@ -41,12 +41,7 @@ __device__ int exclusive_scan(int* values, int n) {
   for (int first = 0; first < n; first += blockDim.x) {
     const int i = first + threadIdx.x;
     const int value = i < n ? values[i] : 0;
-    int upto = value;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kFullWarp, upto, step);
-      if (lane_id() >= step) upto += other;
-    }
+    const int upto = warp_scan(value);
     if (lane_id() == 31) of_warp[warp_id()] = upto;
     __syncthreads();
     int before = carry;
@@ -183,7 +178,7 @@ __global__ void __launch_bounds__(kKeepThreads)
   const Selection selection = select_largest(key, count, kept, bins);
   for_each_selected(
       key, count, selection,
-      [=](int i, int rank) {
+      [=](int i, int rank, uint32_t) {
         const int pair = mine[i], row = first_row + rank;
         p.row_pair[row] = pair;
         p.row_token[row] = pair / k;
@@ -228,12 +223,7 @@ __global__ void __launch_bounds__(1024) scan_tokens_kernel(const TokenPlanParams
   for (int64_t first = 0; first < p.n_tokens; first += 1024) {
     const int64_t t = first + threadIdx.x;
     const int value = t < p.n_tokens ? p.workspace[t] : 0;
-    int upto = value;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kFullWarp, upto, step);
-      if (lane_id() >= step) upto += other;
-    }
+    const int upto = warp_scan(value);
     if (lane_id() == 31) of_warp[warp_id()] = upto;
     __syncthreads();
     int before = carry;

@@ -85,6 +85,16 @@ def test_ties_go_to_the_lower_token(device):
     assert result.tokens.tolist() == [[0, 1, 2]] * 4
 
 
+@pytest.mark.parametrize("n_tokens", [700, 3000, 20000])
+def test_many_ties(device, n_tokens):
+    logits = torch.zeros(n_tokens, 2, device=device)
+    logits[:, 0] = torch.randint(0, 5, (n_tokens,), device=device)
+    mask = torch.rand(n_tokens, device=device) > 0.1
+    expected = reference.expert_choice(logits, n_tokens // 3, mask=mask)
+    result = moe.expert_choice(logits, n_tokens // 3, mask=mask)
+    assert torch.equal(result.tokens, expected.tokens)
+
+
 def test_no_token(device):
     result = moe.expert_choice(torch.empty(0, 4, device=device), 0)
     assert result.tokens.shape == (4, 0)
