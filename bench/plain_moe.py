@@ -128,6 +128,12 @@ def loop_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
 
 
+def swiglu(hidden: Tensor) -> Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    gate = F.silu(gate)
+    return gate * up if torch.is_grad_enabled() else gate.mul_(up)
+
+
 def experts(
     x: Tensor,
     gate_up_proj: Tensor,
@@ -138,9 +144,6 @@ def experts(
     sum_rows: Callable[..., Tensor] = combine,
 ) -> Tensor:
     linear = linear or (loop_linear if x.device.type == "cpu" else grouped_linear)
-    hidden = linear(dispatch(x, plan), gate_up_proj, plan.offsets)
-    gate_rows, up_rows = hidden.chunk(2, dim=-1)
-    gate_rows = F.silu(gate_rows)
-    hidden = gate_rows * up_rows if torch.is_grad_enabled() else gate_rows.mul_(up_rows)
+    hidden = swiglu(linear(dispatch(x, plan), gate_up_proj, plan.offsets))
     rows = linear(hidden, down_proj, plan.offsets)
     return sum_rows(rows, plan, weights)

@@ -69,21 +69,18 @@ def in_turns(
     """The median wall time in milliseconds of the call that each builder makes. They take turns, so
     that whatever else the machine does meanwhile falls on all. What fails is left out."""
     calls: dict[str, Callable[[], Any]] = {}
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {name: [] for name in builders}
 
     def turn(name: str, repeats: int) -> None:
-        try:  # the last of several: with the caches as the call itself leaves them
+        try:
+            if name not in calls:
+                calls[name] = builders[name]()
+                calls[name]()
+            # the last of several: with the caches as the call itself leaves them
             times[name].append([_wall(calls[name]) for _ in range(repeats)][-1])
-        except Exception:
+        except Exception:  # of any kind: its own benchmark runs it again and reports it
             del times[name]
 
-    for name, build in builders.items():
-        times[name] = []
-        try:
-            calls[name] = build()
-            calls[name]()
-        except Exception:
-            del times[name]
     for name in list(times):
         turn(name, 2)
     repeats = 3 if min((found[0] for found in times.values()), default=0) < 20 else 1

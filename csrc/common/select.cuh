@@ -15,6 +15,8 @@ struct Selection {
 constexpr int kSelectBins = 2048;
 constexpr int kSelectBatch = 8;  // keys a thread loads before it uses the first
 
+// Below, places are unsigned: near 2^31 the step past the last key is no int.
+
 // Walks values[0..n) from the top, n a multiple of 32, until their sum reaches `left`; returns the
 // place and takes what was passed from `left`. Called by a whole warp.
 __device__ inline int walk_from_top(const int* values, int n, int& left) {
@@ -29,7 +31,7 @@ __device__ inline int walk_from_top(const int* values, int n, int& left) {
     }
     left -= __shfl_sync(kFullWarp, upto, 31);
   }
-  return 0;
+  return 0;  // only where the keys changed meanwhile
 }
 
 // Radix selection, 11 bits at a time from the top. key(i) for 0 <= i < n; a key of 0 is never
@@ -54,12 +56,12 @@ __device__ Selection select_largest(Key key, int n, int count, int* bins) {
     for (int b = threadIdx.x; b < kSelectBins; b += blockDim.x) bins[b] = 0;
     __syncthreads();
     const uint32_t prefix = shared_prefix[pass];
-    for (int first = threadIdx.x; first < n; first += kSelectBatch * blockDim.x) {
+    for (unsigned first = threadIdx.x; first < unsigned(n); first += kSelectBatch * blockDim.x) {
       uint32_t k[kSelectBatch];
 #pragma unroll
       for (int j = 0; j < kSelectBatch; ++j) {
-        const int i = first + j * blockDim.x;
-        k[j] = i < n ? key(i) : 0;
+        const unsigned i = first + j * blockDim.x;
+        k[j] = i < unsigned(n) ? key(int(i)) : 0;
       }
 #pragma unroll
       for (int j = 0; j < kSelectBatch; ++j) {
@@ -100,15 +102,15 @@ __device__ void for_each_selected(Key key, int n, const Selection& selection, Ta
   __shared__ int of_warp[32];  // chosen for certain in the upper half, equal ones in the lower
   int above = 0, equal = 0;    // before this warp's share of a round
   const int n_warps = blockDim.x / 32;
-  const int batch = min(kSelectBatch, (n + int(blockDim.x) - 1) / int(blockDim.x));
-  for (int round = 0; round < n; round += batch * blockDim.x) {
-    const int first = round + warp_id() * batch * 32 + lane_id();
+  const int batch = min(kSelectBatch, (n - 1) / int(blockDim.x) + 1);
+  for (unsigned round = 0; round < unsigned(n); round += batch * blockDim.x) {
+    const unsigned first = round + warp_id() * batch * 32 + lane_id();
     uint32_t k[kSelectBatch];
     int mine = 0;
 #pragma unroll
     for (int j = 0; j < kSelectBatch; ++j) {
-      const int i = first + 32 * j;
-      k[j] = j < batch && i < n ? key(i) : 0;
+      const unsigned i = first + 32 * j;
+      k[j] = j < batch && i < unsigned(n) ? key(int(i)) : 0;
     }
 #pragma unroll
     for (int j = 0; j < kSelectBatch; ++j) {
@@ -132,12 +134,12 @@ __device__ void for_each_selected(Key key, int n, const Selection& selection, Ta
       const unsigned above_mask = __ballot_sync(kFullWarp, is_above);
       const unsigned equal_mask = __ballot_sync(kFullWarp, is_equal);
       const int equals = equal_here + __popc(equal_mask & lower);
-      if (j < batch && first + 32 * j < n) {
+      if (j < batch && first + 32 * j < unsigned(n)) {
         if (is_above || (is_equal && equals < selection.n_equal)) {
           const int rank = above_here + __popc(above_mask & lower);
-          take(first + 32 * j, rank + min(equals, selection.n_equal), k[j]);
+          take(int(first + 32 * j), rank + min(equals, selection.n_equal), k[j]);
         } else {
-          leave(first + 32 * j);
+          leave(int(first + 32 * j));
         }
       }
       above_here += __popc(above_mask);

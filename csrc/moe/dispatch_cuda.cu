@@ -145,15 +145,15 @@ int dispatch_cuda(const DispatchParams& p, void* stream) {
       p.row_bytes | p.x_stride_bytes | int64_t(uintptr_t(p.x)) | int64_t(uintptr_t(p.rows));
   return with_pack(together, [&](auto* type) {
     using P = std::remove_pointer_t<decltype(type)>;
-    const auto warps_each = [&](int packs) {  // for a multiprocessor, in units of so many packs
+    const auto units = [&](int packs) {  // for each multiprocessor
       const int64_t n_units = p.map.n_tokens * ceil_div(p.row_bytes, 32 * packs * int(sizeof(P)));
       return n_units / attribute(cudaDevAttrMultiProcessorCount);
     };
-    if (warps_each(kLargePacks) >= 32) {
+    if (units(kLargePacks) >= kLargeBlock / 32) {
       return dispatch_packs<P, kLargePacks>(p, kLargeBlock, stream);
     }
-    return warps_each(1) < 16 ? dispatch_packs<P, 1>(p, kSmallBlock, stream)
-                              : dispatch_packs<P, kSmallPacks>(p, kSmallBlock, stream);
+    return units(1) < 16 ? dispatch_packs<P, 1>(p, kSmallBlock, stream)
+                         : dispatch_packs<P, kSmallPacks>(p, kSmallBlock, stream);
   });
 }
 

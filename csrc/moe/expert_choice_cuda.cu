@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kTile * 32)
 }
 
 // One block an expert and group.
-__global__ void __launch_bounds__(1024) choose_kernel(const ExpertChoiceParams p) {
+__global__ void __launch_bounds__(1024, 1) choose_kernel(const ExpertChoiceParams p) {
   __shared__ int bins[kSelectBins];
   const int64_t expert = blockIdx.x / p.n_groups, group = blockIdx.x % p.n_groups;
   const int per_group = int(p.n_tokens / p.n_groups), capacity = int(p.capacity);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(1024) choose_kernel(const ExpertChoiceParams p
         tokens[rank] = int32_t(first + i);
       },
       [](int) {});
-  for (int i = selection.n_chosen + threadIdx.x; i < capacity; i += blockDim.x) {
+  for (unsigned i = selection.n_chosen + threadIdx.x; i < unsigned(capacity); i += blockDim.x) {
     weights[i] = 0;
     tokens[i] = -1;
   }
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(1024) choose_kernel(const ExpertChoiceParams p
     __shared__ uint32_t smallest;
     if (threadIdx.x == 0) smallest = 0xffffffffu;
     __syncthreads();
-    for (int i = threadIdx.x; i < per_group; i += blockDim.x) {
-      if (const uint32_t k = key(i)) atomicMin(&smallest, k);
+    for (unsigned i = threadIdx.x; i < unsigned(per_group); i += blockDim.x) {
+      if (const uint32_t k = key(int(i))) atomicMin(&smallest, k);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -152,7 +152,8 @@ int expert_choice_cuda(const ExpertChoiceParams& p, void* stream_) {
     });
     if (error) return error;
   }
-  const int threads = p.n_tokens / p.n_groups <= 256 * kSelectBatch ? 256 : 1024;
+  // Threads of a small block wait less for each other.
+  const int threads = p.n_tokens / p.n_groups <= 4096 ? 256 : 1024;
   choose_kernel<<<unsigned(p.n_experts * p.n_groups), threads, 0, stream>>>(p);
   return int(cudaGetLastError());
 }

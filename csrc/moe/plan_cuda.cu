@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(1024)
 }
 
 // One block an expert keeps its best pairs of the dropless plan (offsets, pairs).
-__global__ void __launch_bounds__(kKeepThreads)
+__global__ void __launch_bounds__(kKeepThreads, 1)
     keep_kernel(const PlanParams p, const int32_t* offsets, const int32_t* pairs) {
   __shared__ int bins[kSelectBins];
   __shared__ int rows_before, rows_total;
@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(kKeepThreads)
   const float* weights = p.weights;
   const auto key = [=](int i) {
     const int pair = mine[i];
-    return weights ? order_key(weights[pair]) : uint32_t(k - pair % k);
+    // NaN counts as -infinity
+    return weights ? order_key(fmaxf(weights[pair], -kInfinity)) : uint32_t(k - pair % k);
   };
   const Selection selection = select_largest(key, count, kept, bins);
   for_each_selected(

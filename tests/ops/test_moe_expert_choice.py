@@ -95,6 +95,14 @@ def test_many_ties(device, n_tokens):
     assert torch.equal(result.tokens, expected.tokens)
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.mem_get_info()[1] < 30e9, reason="needs 30 GB"
+)
+def test_almost_2_to_the_31_tokens():
+    logits = torch.zeros(2**31 - 100, 1, dtype=torch.bfloat16, device="cuda")
+    assert moe.expert_choice(logits, 2).tokens.tolist() == [[0, 1]]
+
+
 def test_no_token(device):
     result = moe.expert_choice(torch.empty(0, 4, device=device), 0)
     assert result.tokens.shape == (4, 0)

@@ -55,6 +55,15 @@ def test_pairs_without_expert(device, capacity):
     assert capacity or (plan.row_token == -1).any()
 
 
+def test_a_weight_of_nan_counts_as_minus_infinity(device):
+    experts = torch.zeros(3, 1, dtype=torch.int32, device=device)
+    for values in ([-torch.inf, torch.nan, 1], [torch.nan, -torch.inf, 1], [torch.nan] * 3):
+        weights = torch.tensor(values, device=device)[:, None]
+        for capacity in (1, 2):
+            plan = moe.plan(experts, 1, capacity=capacity, drop_policy="weight", weights=weights)
+            equal_plans(plan, reference.plan(experts, 1, capacity, "weight", weights))
+
+
 def test_experts_that_nobody_chose(device):
     experts = torch.full((50, 1), 3, dtype=torch.int32, device=device)
     plan = moe.plan(experts, 6)
