@@ -174,7 +174,7 @@ def test_a_row_or_token_out_of_range_is_none(device):
 def test_a_pair_or_offset_out_of_range_is_none(device):
     tokens = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32, device=device)
     plan = moe.plan_from_tokens(tokens, 3)
-    plan.token_offsets[3] = 2**30
+    plan.token_offsets[0], plan.token_offsets[3] = -(2**30), 2**30
     x = torch.ones(3, 8, device=device)
     assert moe.dispatch(x, plan).sum(-1).tolist() == [8, 8, 8, 8]
     for pair in (2**30, -1):
