@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from sparsemoe.data import Corpus, load_standard_library
 from sparsemoe.evaluate import bits_per_byte, plot_runs, xz_bits_per_byte
 from sparsemoe.generate import Sampling, generate
+from sparsemoe.info import build_info
 from sparsemoe.models.moe_lm import MoELM
 from sparsemoe.train.config import ConfigError, RunConfig, load_config, to_dict
 from sparsemoe.train.device import choose_device
@@ -97,7 +99,9 @@ def demo(
     print(f"\nloss and expert load: {plot}")
     print(f'more text: sparsemoe generate --checkpoint {out} --prompt "class "')
     summary = {name: vars(result) for name, result in results.items()}
-    summary |= {"xz_bits_per_byte": xz, "held_out_bytes": len(held_out), "config": to_dict(config)}
+    summary |= {"xz_bits_per_byte": xz, "held_out_bytes": len(held_out), "minutes": minutes}
+    summary |= {"date": date.today().isoformat(), "device": trainer.device.type}
+    summary |= {"build": build_info(), "config": to_dict(config)}
     (out / MARKER).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return results
 

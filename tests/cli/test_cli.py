@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from sparsemoe.cli import main, parse
 from tests.tiny_lm import OVERRIDES, write_files
@@ -182,6 +183,7 @@ def test_demo(small_library, capsys):
     moe, dense = summary["mixture of experts"], summary["dense"]
     assert moe["bytes_trained"] == dense["bytes_trained"] > 0
     assert moe["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.02)
+    assert summary["device"] == "cpu" and summary["build"]["torch"] == torch.__version__
     assert 0 < moe["bits_per_byte"] < 9 and 0 < dense["bits_per_byte"] < 9
     assert main(["generate", "--checkpoint", "runs/demo", "--bytes", "5", "--device", "cpu"]) == 0
     assert main([*arguments[:3], *arguments[4:]]) == 0  # a second time, over the first
