@@ -40,12 +40,16 @@ inline float load(Half value) {
   return bits_to_float(float_to_bits(scaled) | special | sign);
 }
 
+// The nearest bf16, in the upper half.
+inline uint32_t round_to_high_half(float value) {
+  const uint32_t bits = float_to_bits(value);
+  return value != value ? 0x7fc00000u : bits + 0x7fff + ((bits >> 16) & 1);
+}
+
 inline void store(float* to, float value) { *to = value; }
 inline void store(double* to, double value) { *to = value; }
 inline void store(BFloat16* to, float value) {
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to->bits = uint16_t(value != value ? 0x7fc0 : rounded);
+  to->bits = uint16_t(round_to_high_half(value) >> 16);
 }
 inline void store(Half* to, float value) {
   const uint32_t bits = float_to_bits(value);
@@ -71,6 +75,33 @@ struct Accumulator<double> {
 };
 template <class T>
 using acc_t = typename Accumulator<T>::type;
+
+// A row as words, each of kParts elements. Two bf16 are taken apart and put together within their
+// word, so that vector code over words needs no shuffle, which it would over elements.
+template <class T>
+struct Words {
+  static constexpr int kParts = 1;
+  static acc_t<T> load_part(const T* row, int64_t word, int) { return load(row[word]); }
+  template <class F>
+  static void store_parts(T* row, int64_t word, F value_of) {
+    store(row + word, value_of(0));
+  }
+};
+template <>
+struct Words<BFloat16> {
+  static constexpr int kParts = 2;
+  static float load_part(const BFloat16* row, int64_t word, int part) {
+    uint32_t bits;
+    std::memcpy(&bits, row + 2 * word, 4);
+    return bits_to_float(part == 0 ? bits << 16 : bits & 0xffff0000u);
+  }
+  template <class F>
+  static void store_parts(BFloat16* row, int64_t word, F value_of) {
+    const uint32_t low = round_to_high_half(value_of(0)), high = round_to_high_half(value_of(1));
+    const uint32_t bits = low >> 16 | (high & 0xffff0000u);
+    std::memcpy(row + 2 * word, &bits, 4);
+  }
+};
 
 // exp to 1.5 ulp in code that vectorises; infinities, NaN and subnormal results as std::exp's.
 inline float exp_(float x) {

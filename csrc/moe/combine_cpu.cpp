@@ -9,23 +9,31 @@
 namespace sparsemoe {
 namespace SPARSEMOE_ISA {
 
-// y = sum + weight[0] * row[0] + ... of M rows, in this order; sum starts at zero where `first`,
-// and is kept where not `last`.
-template <int M, class T, class Real>
-void add_rows(const T* const* row, const Real* weight, bool first, bool last, int64_t n, Real* sum,
-              T* y) {
-  const auto value = [&](int64_t c, Real start) {
-    for (int m = 0; m < M; ++m) start += weight[m] * load(row[m][c]);
-    return start;
-  };
-  if (first && last) {
-    for (int64_t c = 0; c < n; ++c) store(y + c, value(c, Real(0)));
-  } else if (first) {
-    for (int64_t c = 0; c < n; ++c) sum[c] = value(c, Real(0));
-  } else if (last) {
-    for (int64_t c = 0; c < n; ++c) store(y + c, value(c, sum[c]));
-  } else {
-    for (int64_t c = 0; c < n; ++c) sum[c] = value(c, sum[c]);
+// y = sum + weight[0] * row[0] + ... of M rows, in this order; sum starts at zero where kFirst, and
+// is kept where not kLast.
+template <bool kFirst, bool kLast, int M, class T, class Real>
+void add_rows(const T* const* rows, const Real* weights, int64_t n, Real* sum, T* y) {
+  const T* row[M + 1];  // copies, which no store below can change: then the loop is vector code
+  Real weight[M + 1];
+  for (int m = 0; m < M; ++m) row[m] = rows[m], weight[m] = weights[m];
+  const int64_t words = n / Words<T>::kParts;
+  for (int64_t w = 0; w < words; ++w) {
+    const auto part = [&](int i) {
+      Real value = kFirst ? Real(0) : sum[i * words + w];
+      for (int m = 0; m < M; ++m) value += weight[m] * Words<T>::load_part(row[m], w, i);
+      return value;
+    };
+    if constexpr (kLast) {
+      Words<T>::store_parts(y, w, part);
+    } else {
+      for (int i = 0; i < Words<T>::kParts; ++i) sum[i * words + w] = part(i);
+    }
+  }
+  for (int64_t c = words * Words<T>::kParts; c < n; ++c) {
+    Real value = kFirst ? Real(0) : sum[c];
+    for (int m = 0; m < M; ++m) value += weight[m] * load(row[m][c]);
+    sum[c] = value;
+    if (kLast) store(y + c, value);
   }
 }
 
@@ -51,7 +59,11 @@ void sum_rows(const CombineParams& p) {
           weight[m] = !weights ? Real(1) : pair < 0 ? Real(0) : weights[pair];
         }
         with_count(held, [&](auto count) {
-          add_rows<count>(row, weight, first, last, p.width, sum.data(), y);
+          const auto add = first ? (last ? add_rows<true, true, count, T, Real>
+                                         : add_rows<true, false, count, T, Real>)
+                                 : (last ? add_rows<false, true, count, T, Real>
+                                         : add_rows<false, false, count, T, Real>);
+          add(row, weight, p.width, sum.data(), y);
         });
       }
     }
@@ -74,9 +86,18 @@ void sum_rows_backward(const CombineBackwardParams& p) {
       T* grad_row = grad_rows + row[m] * p.width;
       const int64_t pair = pair_of(map, entry[m], row[m]);
       const Real weight = pair < 0 ? Real(0) : weights[pair];
+      const int64_t words = p.width / Words<T>::kParts;
       Real inner = 0;
 #pragma omp simd reduction(+ : inner)
-      for (int64_t c = 0; c < p.width; ++c) {
+      for (int64_t w = 0; w < words; ++w) {
+        Real g[Words<T>::kParts];
+        for (int i = 0; i < Words<T>::kParts; ++i) {
+          g[i] = Words<T>::load_part(grad, w, i);
+          inner += g[i] * Words<T>::load_part(values, w, i);
+        }
+        Words<T>::store_parts(grad_row, w, [&](int i) { return weight * g[i]; });
+      }
+      for (int64_t c = words * Words<T>::kParts; c < p.width; ++c) {
         const Real g = load(grad[c]);
         inner += g * load(values[c]);
         store(grad_row + c, weight * g);

@@ -157,6 +157,19 @@ def test_rows_without_token_are_zero_and_never_read(device):
     assert rows.grad.sum(-1).tolist() == [8, 8, 8, 0, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_and_infinity_stay_what_they_are(device, dtype):
+    experts, weights = routed(12, 6, 2, device)
+    weights[3, 1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # all ones
+    weights[5, 0] = torch.inf
+    plan = moe.plan(experts, 6)
+    rows = torch.rand(24, 37, device=device).to(dtype) + 1
+    y = moe.combine(rows, plan, weights)
+    assert y[3].isnan().all() and (y[5] == torch.inf).all()
+    others = [t for t in range(12) if t not in (3, 5)]
+    assert y[others].isfinite().all()
+
+
 def test_a_row_or_token_out_of_range_is_none(device):
     """In a plan that was not made by plan(): nothing is read or written out of bounds."""
     plan = moe.plan(torch.tensor([[0], [1], [1]], dtype=torch.int32, device=device), 2)
