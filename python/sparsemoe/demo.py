@@ -98,10 +98,15 @@ def demo(
     _print_results(results, held_out, xz, config)
     print(f"\nloss and expert load: {plot}")
     print(f'more text: sparsemoe generate --checkpoint {out} --prompt "class "')
-    summary = {name: vars(result) for name, result in results.items()}
-    summary |= {"xz_bits_per_byte": xz, "held_out_bytes": len(held_out), "minutes": minutes}
-    summary |= {"date": date.today().isoformat(), "device": trainer.device.type}
-    summary |= {"build": build_info(), "config": to_dict(config)}
+    summary = {name: vars(result) for name, result in results.items()} | {
+        "xz_bits_per_byte": xz,
+        "held_out_bytes": len(held_out),
+        "minutes": minutes,
+        "date": date.today().isoformat(),
+        "device": trainer.device.type,
+        "build": build_info(),
+        "config": to_dict(config),
+    }
     (out / MARKER).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return results
 
