@@ -1,33 +1,24 @@
-"""Mixture of experts: each operation beside its reference, plain PyTorch and the peers."""
+"""Routing tokens to experts: each op beside its reference, plain PyTorch and the peers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench import peers, plain_moe, timing
-from bench.case import Op, Table, backward, call, forward_backward, plain
-from bench.inputs_moe import SHAPES, Inputs, Shape
+from bench import inputs_moe, peers, plain_moe, timing
+from bench.case import Op, backward, beside, call, forward_backward, parameters, plain
+from bench.inputs_moe import Inputs, Shape
 from sparsemoe.ops import moe as ops
 from sparsemoe.reference import moe as reference
 from sparsemoe.types import Plan
 
+GPU_SHAPES = [inputs_moe.QWEN3, inputs_moe.OLMOE, inputs_moe.DECODE[-1]]
+SHAPES = GPU_SHAPES if inputs_moe.GPU else inputs_moe.CPU
 
-def ours(function: str | Callable[..., Any], names: str, **options: Any) -> Table:
-    """The op of that name, or a function whose first argument is the module of ops."""
-
-    def of(module: Any) -> Any:
-        if isinstance(function, str):
-            return getattr(module, function)
-        return partial(function, module)
-
-    modules = {"sparsemoe": ops, "reference": reference}
-    return {name: call(of(module), names, **options) for name, module in modules.items()}
+ours = partial(beside, {"sparsemoe": ops, "reference": reference})
 
 
 def gate_and_plan(module: Any, logits: Tensor, top_k: int, **options: Any) -> Plan:
@@ -38,21 +29,9 @@ def plan_and_dispatch(module: Any, x: Tensor, experts: Tensor, num_experts: int)
     return module.dispatch(x, module.plan(experts, num_experts))
 
 
-def layer(module: Any, x, gate_up_proj, down_proj, experts, weights, **options: Any) -> Tensor:
-    plan = module.plan(experts, len(gate_up_proj))
-    return module.experts(x, gate_up_proj, down_proj, plan, weights, **options)
-
-
-def routed(module: Any, x, router, gate_up_proj, down_proj, top_k: int, **options: Any) -> Tensor:
-    weights, experts, *_ = module.gate(F.linear(x.float(), router), top_k, **options)
-    return layer(module, x, gate_up_proj, down_proj, experts, weights)
-
-
 CAPPED = "experts num_experts capacity=capacity"
 MOVE_BACK = "rows_gradient long_plan"
 COMBINE = "rows long_plan weights"
-LAYER = "x gate_up_proj down_proj experts weights"
-ROUTED = "x router gate_up_proj down_proj top_k"
 
 gate = {
     **ours("gate", "logits top_k", renormalize=True),
@@ -112,44 +91,24 @@ load_balance = {
     **ours("load_balance_loss", "logits counts"),
     **plain(plain_moe.load_balance_loss, "logits counts"),
 }
-torch_layer = partial(layer, plain_moe)
-whole_layer = {
-    **ours(layer, LAYER),
-    **plain(torch_layer, LAYER),
-    "torch, grouped_mm": call(torch_layer, LAYER, linear=plain_moe.grouped_linear),
-    "torch, index_add": call(torch_layer, LAYER, sum_rows=plain_moe.combine_index_add),
-    "torch, bmm": call(torch_layer, LAYER, sum_rows=plain_moe.combine_bmm),
-    "moe-ops": call(peers.moe_ops_layer, LAYER),
-    "liger": call(peers.liger_layer, LAYER),
-}
-routed_layer = {
-    **ours(routed, ROUTED, renormalize=True),
-    "torch": call(partial(routed, plain_moe), ROUTED),
-}
 
 
-def gate_bytes(s: Shape) -> float:
+def gate_bytes(inputs: Inputs) -> float:
+    s = inputs.shape
     return 4 * s.tokens * s.experts + 8 * s.pairs + 4 * s.tokens
 
 
-def plan_bytes(s: Shape) -> float:
-    return 16 * s.pairs + 8 * s.experts
+def plan_bytes(inputs: Inputs) -> float:
+    return 16 * inputs.shape.pairs + 8 * inputs.shape.experts
 
 
-def move_bytes(s: Shape, rows_moved: int = 1) -> float:
+def move_bytes(inputs: Inputs, rows_moved: int = 1) -> float:
+    s = inputs.shape
     return (rows_moved * s.pairs + s.tokens) * s.hidden * s.dtype.itemsize
 
 
-def layer_bytes(s: Shape) -> float:
-    return (2 * s.tokens * s.hidden + 3 * s.experts * s.width * s.hidden) * s.dtype.itemsize
-
-
-def layer_flops(s: Shape) -> float:
-    return 6 * s.pairs * s.width * s.hidden
-
-
-def routed_flops(s: Shape) -> float:
-    return layer_flops(s) + 2 * s.tokens * s.experts * s.hidden
+def logits_bytes(inputs: Inputs) -> float:
+    return 4 * inputs.shape.tokens * inputs.shape.experts
 
 
 def choice_view(inputs: Inputs, result: Any) -> list[Tensor]:
@@ -181,14 +140,14 @@ OPS = [
         "gate, forward + backward",
         forward_backward(gate, "logits"),
         "the forward pass's; reads k weights, gradients and experts a token, writes d logits",
-        lambda s: gate_bytes(s) + 12 * s.pairs + 4 * s.tokens * s.experts,
+        lambda inputs: gate_bytes(inputs) + 12 * inputs.shape.pairs + logits_bytes(inputs),
         tolerance=1e-3,  # ties again
     ),
     Op(
         "expert_choice",
         expert_choice,
         "reads logits, writes weights and tokens",
-        lambda s: 4 * s.tokens * s.experts + 8 * s.pairs,
+        lambda inputs: logits_bytes(inputs) + 8 * inputs.shape.pairs,
         view=choice_view,
         ties=True,
     ),
@@ -204,7 +163,7 @@ OPS = [
         "plan, capacity by weight",
         plan_by_weight,
         "as plan; reads weights",
-        lambda s: plan_bytes(s) + 4 * s.pairs,
+        lambda inputs: plan_bytes(inputs) + 4 * inputs.shape.pairs,
         view=capped_view,
         ties=True,
     ),
@@ -212,7 +171,7 @@ OPS = [
         "gate + plan",
         gate_plan,
         "both",
-        lambda s: gate_bytes(s) + plan_bytes(s),
+        lambda inputs: gate_bytes(inputs) + plan_bytes(inputs),
         view=lambda inputs, plan: [plan.offsets.float()],  # ties again
     ),
     Op("dispatch", dispatch, "reads x once, writes k rows a token", move_bytes, view=rows_view),
@@ -220,7 +179,7 @@ OPS = [
         "plan + dispatch",
         plan_dispatch,
         "both",
-        lambda s: plan_bytes(s) + move_bytes(s),
+        lambda inputs: plan_bytes(inputs) + move_bytes(inputs),
         view=rows_view,
     ),
     Op("dispatch, backward", dispatch_backward, "reads k rows a token, writes one", move_bytes),
@@ -229,62 +188,28 @@ OPS = [
         "combine, backward",
         combine_backward,
         "reads k rows and one row of d y a token, writes k rows",
-        lambda s: move_bytes(s, rows_moved=2),
+        lambda inputs: move_bytes(inputs, rows_moved=2),
     ),
     Op(
         "load_balance_loss, forward + backward",
         forward_backward(load_balance, "logits"),
         "reads logits twice, writes d logits",
-        lambda s: 12 * s.tokens * s.experts,
-    ),
-    Op(
-        "layer",
-        whole_layer,
-        "6 T k F H operations; reads x and the experts' weights, writes y",
-        layer_bytes,
-        layer_flops,
-    ),
-    Op(
-        "layer, forward + backward",
-        forward_backward(whole_layer, "x gate_up_proj down_proj weights"),
-        "18 T k F H operations; three times the forward pass's bytes",
-        lambda s: 3 * layer_bytes(s),
-        lambda s: 3 * layer_flops(s),
-    ),
-    Op(
-        "layer with router",
-        routed_layer,
-        "as layer, and 2 T E H operations",
-        layer_bytes,
-        routed_flops,
-    ),
-    Op(
-        "layer with router, forward + backward",
-        forward_backward(routed_layer, "x router gate_up_proj down_proj"),
-        "as layer, and 6 T E H operations",
-        lambda s: 3 * layer_bytes(s),
-        lambda s: 3 * routed_flops(s),
+        lambda inputs: 3 * logits_bytes(inputs),
     ),
 ]
 
 
 def selected() -> list[Any]:
     """Compiled expressions on the first shape only, since each compilation takes seconds; training
-    on a decode shape not at all; peers last, so that one that breaks the GPU spoils the least."""
-    chosen = [
+    on a decode shape not at all."""
+    return parameters(
         (shape, op, name)
         for shape in SHAPES
         for op in OPS
         for name in op.calls
         if not ("decode" in shape.name and "backward" in op.name)
         and not (name == "torch-compiled" and shape is not SHAPES[0])
-        and not (name == "torch, grouped_mm" and timing.DEVICE.type == "cuda")  # that is "torch"
-        and not (name in peers.KNOWN and name not in peers.INSTALLED)
-    ]
-    chosen.sort(key=lambda case: case[2] in peers.KNOWN)
-    return [
-        pytest.param(*case, id="-".join((case[0].name, case[1].name, case[2]))) for case in chosen
-    ]
+    )
 
 
 @pytest.mark.benchmark(timer=timing.synchronized_clock)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from bench import timing
+from bench import peers, timing
 
 Call = Callable[[], Any]
 Table = dict[str, Callable[[Any], Call]]  # implementation -> inputs -> a call without arguments
@@ -23,20 +24,23 @@ class Op:
     """One row of a family's table.
 
     calls   its implementations; 'reference' is what the others are compared with
-    counts  what the floor counts, in words; nbytes and flops are the same as functions of a shape
+    counts  what the floor counts, in words; nbytes and flops are the same as functions of the
+            inputs
     view    makes of a result the tensors on which implementations must agree
     ties    whether implementations may break ties differently
     tolerance of the relative error of reals, if not that of the shape's dtype
+    rough   implementation -> its own tolerance
     """
 
     name: str
     calls: Table
     counts: str
     nbytes: Callable[[Any], float]
-    flops: Callable[[Any], float] = lambda shape: 0
+    flops: Callable[[Any], float] = lambda inputs: 0
     view: Callable[[Any, Any], Iterable[Tensor]] = lambda inputs, result: tensors(result)
     ties: bool = False
     tolerance: float | None = None
+    rough: Mapping[str, float] = field(default_factory=dict)
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -58,6 +62,19 @@ def call(function: Any, names: str, **options: Any) -> Callable[[Any], partial]:
         )
 
     return build
+
+
+def beside(
+    modules: dict[str, Any], function: str | Callable[..., Any], names: str, **options: Any
+) -> Table:
+    """The function of that name of each module, or one whose first argument is the module."""
+
+    def of(module: Any) -> Any:
+        if isinstance(function, str):
+            return getattr(module, function)
+        return partial(function, module)
+
+    return {name: call(of(module), names, **options) for name, module in modules.items()}
 
 
 def plain(function: Any, names: str) -> Table:
@@ -94,6 +111,33 @@ def backward(table: Table, leaves: str) -> Table:
     return {name: without_forward(build) for name, build in table.items()}
 
 
+def captured(table: Table) -> Table:
+    """The replay of a CUDA graph of each call, which must not wait for the device."""
+
+    def graph_of(build: Callable[[Any], Call]) -> Callable[[Any], Call]:
+        def capture(inputs: Any) -> Call:
+            call = build(inputs)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what the first calls set up is no part of the graph
+                call()
+                call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = call()
+            return partial(_replay, graph, result)
+
+        return capture
+
+    return {name: graph_of(build) for name, build in table.items()}
+
+
+def _replay(graph: Any, result: Any) -> Any:
+    graph.replay()
+    return result
+
+
 def _gradients(
     inputs: Any, forward: Call, leaves: str, retain_graph: bool = False
 ) -> tuple[Tensor, ...]:
@@ -106,8 +150,10 @@ def _gradients(
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def difference(op: Op, shape: Any, result: list[Tensor], expected: list[Tensor]) -> str | None:
-    """Why the result is wrong, or None.
+def difference(
+    op: Op, shape: Any, result: list[Tensor], expected: list[Tensor], name: str = ""
+) -> str | None:
+    """Why the result of implementation `name` is wrong, or None.
 
     Reals: the norm of the difference over the norm. Integers: the share that differs, none or with
     ties one in a thousand.
@@ -116,22 +162,45 @@ def difference(op: Op, shape: Any, result: list[Tensor], expected: list[Tensor])
         if a.shape != b.shape:
             return f"output {index} has shape {tuple(a.shape)} and not {tuple(b.shape)}"
         if b.is_floating_point():
-            allowed = op.tolerance or TOLERANCE[shape.dtype]
-            error = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)
+            allowed = op.rough.get(name, op.tolerance or TOLERANCE[shape.dtype])
+            error = _relative_error(a, b)
         else:
             allowed = 1e-3 if op.ties else 0.0
-            error = (a != b).float().mean()
-        if not error.item() <= allowed:
-            return f"output {index} is wrong by {error.item():.2g}"
+            error = (a != b).float().mean().item()
+        if not error <= allowed:
+            return f"output {index} is wrong by {error:.2g}"
     return None
 
 
-def measurement(op: Op, shape: Any, call: Call, ms: float | None = None) -> dict[str, Any]:
+def _relative_error(a: Tensor, b: Tensor) -> float:
+    """Part by part: weights in float32 would not all fit beside those there already."""
+    norms = [
+        torch.stack([(x.float() - y.float()).norm(), y.float().norm()])
+        for x, y in zip(_parts(a), _parts(b), strict=True)
+    ]
+    error, norm = torch.stack(norms).norm(dim=0).tolist()
+    return error / max(norm, 1e-30)
+
+
+def _parts(a: Tensor) -> tuple[Tensor, ...]:
+    return a[None].unbind() if a.dim() == 0 else a.chunk(8)
+
+
+def parameters(cases: Iterable[tuple[Any, Op, str]]) -> list[Any]:
+    """For pytest: (shape, op, implementation), without peers that are not installed. Peers last, so
+    that one that breaks the GPU spoils the least."""
+    cases = [case for case in cases if case[2] not in peers.KNOWN or case[2] in peers.INSTALLED]
+    cases.sort(key=lambda case: case[2] in peers.KNOWN)
+    return [
+        pytest.param(shape, op, name, id=f"{shape.name}-{op.name}-{name}")
+        for shape, op, name in cases
+    ]
+
+
+def measurement(op: Op, inputs: Any, call: Call, ms: float | None = None) -> dict[str, Any]:
     """Time (`ms`, if it is known), rates and the ratio to the floor; extra memory on a GPU."""
-    nbytes, flops = op.nbytes(shape), op.flops(shape)
+    nbytes, flops = op.nbytes(inputs), op.flops(inputs)
     floor = nbytes / timing.copy_rate(nbytes)
-    if flops:
-        floor = max(floor, flops / timing.matmul_rate(shape.dtype))
     found: dict[str, Any] = {}
     if timing.DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -141,6 +210,8 @@ def measurement(op: Op, shape: Any, call: Call, ms: float | None = None) -> dict
     ms = ms or timing.milliseconds(call)
     found |= {"ms": ms, "GB/s": nbytes / ms / 1e6}
     if flops:
-        found["TFLOP/s"] = flops / ms / 1e9
+        most = timing.matmul_rate(inputs.shape.dtype)
+        floor = max(floor, flops / most)
+        found |= {"TFLOP/s": flops / ms / 1e9, "% of matmul": 1e5 * flops / ms / most}
     found |= {"floor ms": 1e3 * floor, "ratio to floor": ms / 1e3 / floor}
     return {name: float(f"{value:.4g}") for name, value in found.items()}

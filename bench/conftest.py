@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,18 @@ class Results:
     def __init__(self, path: str | None, commit: str | None) -> None:
         self.path = path and Path(path)
         self.commit = commit
-        self.header: dict[str, Any] = {"environment": {}, "shapes": {}, "counts": {}}
+        self.header: dict[str, Any] = {
+            "environment": {},
+            "families": [],
+            "shapes": {},
+            "counts": {},
+        }
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, shape: Any, op: Op, name: str, found: dict[str, Any]) -> None:
+    def add(self, family: str, shape: Any, op: Op, name: str, found: dict[str, Any]) -> None:
         self.header["environment"] = self.header["environment"] or timing.environment(self.commit)
+        if family not in self.header["families"]:
+            self.header["families"].append(family)
         self.header["shapes"][shape.name] = str(shape)
         self.header["counts"][op.name] = op.counts
         key = {"shape": shape.name, "op": op.name, "implementation": name}
@@ -109,22 +117,27 @@ def turns_of(make: Any, shape: Any, op: Op, names: tuple[str, ...]) -> dict[str,
 def measure(benchmark: Any, results: Results, request: pytest.FixtureRequest) -> Any:
     """measure(make_inputs, shape, op, implementation). Fails where ours is wrong or breaks; where
     another is or does, that is noted in the results and the benchmark is skipped."""
+    family = request.path.stem.removeprefix("bench_")
 
     def run(make: Any, shape: Any, op: Op, name: str) -> None:
         benchmark.group = f"{op.name}, {shape.name}"
         if share(request.config):
             benchmark.skipped = True
+            size = shape if name == "torch-compiled" else shape.to_compile
             with torch.no_grad():
-                op.calls[name](inputs_of(make, shape))()
+                op.calls[name](inputs_of(make, size))()
             return
+        message = None
         try:
             found = attempt(make, shape, op, name)
         except Exception as error:
             message = (str(error).strip().splitlines() or [""])[0]
             message = re.sub(r"(/[\w.-]+)+/", "", f"{type(error).__name__}: {message}")[:120]
-            results.add(shape, op, name, {"failed": message})
+            results.add(family, shape, op, name, {"failed": message})
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of what failed
             if name in ("sparsemoe", "reference"):
                 raise
+        if message:
             benchmark.skipped = True
             pytest.skip(f"failed: {message}")
         benchmark.extra_info.update(found)
@@ -134,7 +147,7 @@ def measure(benchmark: Any, results: Results, request: pytest.FixtureRequest) ->
         with torch.no_grad():
             call = op.calls[name](inputs)
             result = list(op.view(inputs, call()))
-            wrong = difference(op, shape, result, expected_of(make, shape, op))
+            wrong = difference(op, shape, result, expected_of(make, shape, op), name)
             del result
             if wrong:
                 raise AssertionError(wrong)
@@ -148,11 +161,11 @@ def measure(benchmark: Any, results: Results, request: pytest.FixtureRequest) ->
                 rivals = [c["name"] for c in cases if c.get("shape") is shape and c.get("op") is op]
                 turns = turns_of(make, shape, op, tuple(n for n in rivals if n != "reference"))
                 ms = turns.get(name)
-            found = measurement(op, shape, call, ms)
+            found = measurement(op, inputs, call, ms)
             repeats = min(max(int(30 / found["ms"]), 1), 200)
             benchmark.pedantic(call, rounds=3 if repeats > 1 else 1, iterations=repeats)
         found["call ms"] = float(f"{1e3 * benchmark.stats.stats.median:.4g}")
-        results.add(shape, op, name, found)
+        results.add(family, shape, op, name, found)
         return found | {"environment": results.header["environment"]}
 
     return run

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ class Shape:
     experts: int
     top_k: int
     dtype: torch.dtype = torch.bfloat16
+    skewed: bool = False  # a tenth of the experts take half of the rows
 
     def __str__(self) -> str:
         return (
             f"T={self.tokens} tokens, H={self.hidden}, F={self.width}, E={self.experts} experts, "
             f"k={self.top_k}, {str(self.dtype).removeprefix('torch.')}"
+            + ", a tenth of the experts take half of the rows"
+            * self.skewed
         )
 
     @property
@@ -36,21 +40,33 @@ class Shape:
         return self.tokens * self.top_k
 
     @property
+    def to_compile(self) -> Shape:
+        """What fills the compilers' caches as well: their kernels are for widths, not for sizes."""
+        return replace(self, tokens=min(self.tokens, 2048))
+
+    @property
     def groups(self) -> int:
         """Expert choice is by groups of 4096 tokens."""
         return max(1, self.tokens // 4096)
 
 
-GPU_SHAPES = [
-    Shape("Qwen3-30B-A3B", 32768, 2048, 768, 128, 8),
-    Shape("OLMoE-1B-7B", 32768, 2048, 1024, 64, 8),
-    Shape("Qwen3-30B-A3B decode", 64, 2048, 768, 128, 8),
+QWEN3 = Shape("Qwen3-30B-A3B", 32768, 2048, 768, 128, 8)
+OLMOE = Shape("OLMoE-1B-7B", 32768, 2048, 1024, 64, 8)
+SKEWED = [replace(shape, name=f"{shape.name} skewed", skewed=True) for shape in (QWEN3, OLMOE)]
+OTHERS = [
+    Shape("Mixtral-8x7B", 16384, 4096, 14336, 8, 2),
+    Shape("DeepSeek-V3, 64 of its experts", 16384, 7168, 2048, 64, 8),
+    Shape("gpt-oss-120b", 16384, 2880, 2880, 128, 4),
 ]
-CPU_SHAPES = [
+DECODE = [
+    replace(QWEN3, name=f"Qwen3-30B-A3B decode {tokens}", tokens=tokens)
+    for tokens in (1, 8, 16, 32, 64)
+]
+CPU = [
     Shape("small fp32", 4096, 512, 512, 32, 4, torch.float32),
     Shape("small bf16", 4096, 512, 512, 32, 4),
 ]
-SHAPES = GPU_SHAPES if timing.DEVICE.type == "cuda" else CPU_SHAPES
+GPU = timing.DEVICE.type == "cuda"
 
 
 class Inputs:
@@ -89,12 +105,23 @@ class Inputs:
     @cached_property
     def router(self) -> Tensor:
         hidden = self.shape.hidden
-        return self.random(self.num_experts, hidden, scale=hidden**-0.5, dtype=torch.float32)
+        router = self.random(self.num_experts, hidden, scale=hidden**-0.5, dtype=torch.bfloat16)
+        return router.detach().float().requires_grad_()
+
+    @cached_property
+    def low_router(self) -> Tensor:
+        return self.router.detach().bfloat16().requires_grad_()
 
     @cached_property
     def gate_up_proj(self) -> Tensor:
         hidden, width = self.shape.hidden, self.shape.width
         return self.random(self.num_experts, 2 * width, hidden, scale=hidden**-0.5)
+
+    @cached_property
+    def interleaved_proj(self) -> Tensor:
+        """[E, F, 2, H]: gate_up_proj with each row of the gate before the row that it gates."""
+        pairs = self.gate_up_proj.detach().unflatten(1, (2, -1)).transpose(1, 2)
+        return pairs.contiguous().requires_grad_()
 
     @cached_property
     def down_proj(self) -> Tensor:
@@ -103,7 +130,18 @@ class Inputs:
 
     @cached_property
     def logits(self) -> Tensor:
-        return self.random(self.tokens, self.num_experts, dtype=torch.float32)
+        logits = self.random(self.tokens, self.num_experts, dtype=torch.float32)
+        if self.shape.skewed:
+            hot = round(self.num_experts / 10)
+            half = self.top_k / 2  # of a token's choices, among the hot and among the others
+
+            def least(experts: int) -> float:
+                """The least of the chosen logits where `half` of so many are chosen."""
+                return NormalDist().inv_cdf(1 - half / experts)
+
+            columns = torch.arange(hot, device=timing.DEVICE) * self.num_experts // hot
+            logits.detach()[:, columns] += least(self.num_experts - hot) - least(hot)
+        return logits
 
     @cached_property
     def _gate(self) -> Gate:
@@ -124,6 +162,11 @@ class Inputs:
     @cached_property
     def counts(self) -> Tensor:
         return self.plan.counts
+
+    @cached_property
+    def touched(self) -> int:
+        """Experts that take a row."""
+        return int((self.counts > 0).sum())
 
     @cached_property
     def long_plan(self) -> Plan:

@@ -9,10 +9,16 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KNOWN = {"moe-ops": "moe_ops", "liger": "liger_kernel"}  # name here -> module
+KNOWN = {  # name here -> module
+    "moe-ops": "moe_ops",
+    "liger": "liger_kernel",
+    "scattermoe": "scattermoe",
+    "sonic-moe": "sonicmoe",
+}
 INSTALLED = [
     name
     for name, module in KNOWN.items()
@@ -69,6 +75,42 @@ def liger_layer(
     from liger_kernel.ops import LigerFusedMoEFunction
 
     return LigerFusedMoEFunction.apply(x, gate_up_proj, down_proj, experts, weights)
+
+
+def scattermoe_layer(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, experts: Tensor, weights: Tensor
+) -> Tensor:
+    """Its GLUMLP, but for the order of the gate's rows."""
+    from scattermoe import flatten_sort_count, parallel_linear
+
+    order = flatten_sort_count(experts, num_experts=len(gate_up_proj))
+    top_k = experts.shape[1]
+    hidden = parallel_linear(x, gate_up_proj.mT, top_k, *order, grouped_out=True)
+    gate_rows, up_rows = hidden.chunk(2, dim=-1)
+    hidden = F.silu(gate_rows) * up_rows
+    weights = weights.to(x.dtype)
+    return parallel_linear(hidden, down_proj.mT, 1, *order, grouped_in=True, gates=weights)
+
+
+def sonic_routed(
+    x: Tensor, router: Tensor, interleaved_proj: Tensor, down_proj: Tensor, top_k: int
+) -> Tensor:
+    """Its logits are of x's dtype. Tuned for each size on first use."""
+    from sonicmoe import moe_TC_softmax_topk_layer
+
+    y, *_ = moe_TC_softmax_topk_layer(
+        x,
+        router,
+        interleaved_proj.flatten(1, 2).permute(1, 2, 0),
+        None,
+        down_proj.permute(1, 2, 0),
+        None,
+        top_k,
+        torch.cuda.current_stream().cuda_stream,
+        activation_type="swiglu",
+        is_inference_mode_enabled=not torch.is_grad_enabled(),
+    )
+    return y
 
 
 def shorten_autotuning(index: int = 0, count: int = 1) -> None:

@@ -12,6 +12,10 @@ from torch import Tensor
 from sparsemoe.types import Plan
 
 
+def router_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.float(), weight)
+
+
 def gate(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Softmax, top-k and renormalising, without the log-sum-exp. The order of least work."""
     best, experts = logits.topk(top_k)
@@ -117,15 +121,19 @@ def load_balance_loss(logits: Tensor, counts: Tensor) -> Tensor:
     return len(counts) * (counts / counts.sum() * logits.softmax(-1).mean(0)).sum()
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     function = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    return function(rows, weight.transpose(1, 2), offs=offsets[1:].int())
+    return function(a, b, offs=offsets[1:].int())
 
 
-def loop_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def loop_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """One matrix product an expert, after a host sync."""
-    parts = rows.split(offsets.diff().tolist())
-    return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
+    parts = a.split(offsets.diff().tolist())
+    return torch.cat([part @ matrix for part, matrix in zip(parts, b, strict=True)])
+
+
+def products(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return (loop_mm if a.device.type == "cpu" else grouped_mm)(a, b, offsets)
 
 
 def swiglu(hidden: Tensor) -> Tensor:
@@ -140,10 +148,9 @@ def experts(
     down_proj: Tensor,
     plan: Plan,
     weights: Tensor,
-    linear: Callable[..., Tensor] | None = None,
+    mm: Callable[..., Tensor] = products,
     sum_rows: Callable[..., Tensor] = combine,
 ) -> Tensor:
-    linear = linear or (loop_linear if x.device.type == "cpu" else grouped_linear)
-    hidden = swiglu(linear(dispatch(x, plan), gate_up_proj, plan.offsets))
-    rows = linear(hidden, down_proj, plan.offsets)
+    hidden = swiglu(mm(dispatch(x, plan), gate_up_proj.mT, plan.offsets))
+    rows = mm(hidden, down_proj.mT, plan.offsets)
     return sum_rows(rows, plan, weights)

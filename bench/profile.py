@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import timing
+from bench.run import FAMILIES
 
 
 def main() -> None:
@@ -17,12 +18,12 @@ def main() -> None:
     parser.add_argument("op", help="as in docs/benchmarks.md, e.g. 'combine, backward'")
     parser.add_argument("--shape", default="", help="the first whose name begins so")
     parser.add_argument("--name", default="sparsemoe", help="implementation")
-    parser.add_argument("--family", default="moe")
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--rows", type=int, default=15)
     args = parser.parse_args()
-    family = importlib.import_module(f"bench.bench_{args.family}")
-    op = choose(family.OPS, args.op, exact=True)
+    families = [importlib.import_module(f"bench.bench_{name}") for name in FAMILIES]
+    op = choose([op for family in families for op in family.OPS], args.op, exact=True)
+    family = next(family for family in families if op in family.OPS)
     shape = choose(family.SHAPES, args.shape)
     inputs = family.Inputs(shape)
     gpu = timing.DEVICE.type == "cuda"

@@ -1,4 +1,4 @@
-"""Measures and writes a results file: python -m bench.run --out bench/results/h100.json
+"""Measures and writes a results file: python -m bench.run --family experts --out FILE
 
 Where there is a GPU, the compiled expressions and the peers' kernels are compiled by several
 processes first. Arguments that are not listed go to pytest: -k "combine and Qwen3".
@@ -16,18 +16,22 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = [path.stem.removeprefix("bench_") for path in sorted(ROOT.glob("bench/bench_*.py"))]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
     parser.add_argument("--out", required=True, metavar="FILE")
     parser.add_argument("--commit", metavar="ID", help="what is measured, where git does not say")
-    parser.add_argument("--family", default="moe")
+    parser.add_argument(
+        "--family", action="append", choices=FAMILIES, help="may be repeated; all without it"
+    )
     parser.add_argument("--compilers", type=int, metavar="N", help="8 with a GPU, otherwise 0")
     parser.add_argument("--compile-seconds", type=float, default=120, help="give up after these")
     args, rest = parser.parse_known_args()
     count = 8 * torch.cuda.is_available() if args.compilers is None else args.compilers
-    pytest = [sys.executable, "-m", "pytest", f"bench/bench_{args.family}.py", "-q", *rest]
+    files = [f"bench/bench_{family}.py" for family in args.family or FAMILIES]
+    pytest = [sys.executable, "-m", "pytest", *files, "-q", *rest]
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     compilers = [
         subprocess.Popen(

@@ -158,7 +158,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         found["load before"] = os.getloadavg()[0]  # anything above 0 disturbs
         found["copy of 1 GiB, GB/s"] = round(copy_rate(2**31) / 1e9, 1)
         found["matmul 2048^3 fp32, GFLOP/s"] = round(matmul_rate(torch.float32) / 1e9, 1)
-    for name in ("triton", "moe-ops", "liger-kernel"):
+    for name in ("triton", "moe-ops", "liger-kernel", "scattermoe", "sonic-moe"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

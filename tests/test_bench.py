@@ -1,21 +1,21 @@
 """The benchmarks still run, and their implementations agree, at a size that takes no time."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import peers, timing
-from bench.bench_moe import OPS
-from bench.case import difference
-from bench.inputs_moe import Inputs, Shape
+from bench import bench_experts, bench_moe, case, peers, timing
+from bench.inputs_moe import GPU, Inputs, Shape
 
 SHAPE = Shape("tiny", 96, 64, 32, 8, 2, torch.float32)
 CASES = [
     pytest.param(op, name, id=f"{op.name}-{name}")
-    for op in OPS
+    for op in bench_moe.OPS + bench_experts.OPS
     for name in op.calls
     if name not in peers.KNOWN and name not in ("reference", "torch-compiled")
+    if GPU or "graph" not in op.name
 ]
 
 
@@ -30,8 +30,22 @@ def test_implementations_agree(op, name):
     result, expected = (
         list(op.view(inputs(), op.calls[which](inputs())())) for which in (name, "reference")
     )
-    assert difference(op, SHAPE, result, expected) is None
-    assert op.nbytes(SHAPE) > 0
+    assert case.difference(op, SHAPE, result, expected) is None
+    assert op.nbytes(inputs()) > 0
+
+
+def test_differences():
+    op = bench_experts.OPS[0]
+    b = torch.arange(20.0)[:, None] + 1
+    assert case.difference(op, SHAPE, [b * 1.00005, b[0, 0]], [b, b[0, 0]]) is None
+    assert case.difference(op, SHAPE, [b * 1.01], [b]) == "output 0 is wrong by 0.01"
+    assert case.difference(op, SHAPE, [b[:3]], [b]) == ("output 0 has shape (3, 1) and not (20, 1)")
+    assert case.difference(op, SHAPE, [b * torch.nan], [b]) == "output 0 is wrong by nan"
+    integers = torch.arange(5)
+    assert case.difference(op, SHAPE, [integers], [integers.flip(0)]) == "output 0 is wrong by 0.8"
+    rough = replace(op, rough={"peer": 0.1})
+    assert case.difference(rough, SHAPE, [b * 1.01], [b], "peer") is None
+    assert case.difference(rough, SHAPE, [b * 1.01], [b], "other") is not None
 
 
 def test_calls_that_fail_drop_out_of_the_turns():

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from make_benchmark_docs import PAGE, ROOT, comparison, render
+from make_benchmark_docs import PAGE, ROOT, comparison, rate, render
 
 
 def test_page_is_made_from_the_results():
@@ -12,8 +12,8 @@ def test_page_is_made_from_the_results():
 
 def test_a_page_of_one_result(tmp_path: Path):
     (tmp_path / "gpu.json").write_text(
-        """{"environment": {"device": "GPU", "commit": null}, "shapes": {"small": "T=1"},
-        "counts": {"gate": "reads logits"}, "results": [
+        """{"environment": {"device": "GPU", "commit": null}, "families": ["moe"],
+        "shapes": {"small": "T=1"}, "counts": {"gate": "reads logits"}, "results": [
         {"shape": "small", "op": "gate", "implementation": "sparsemoe", "ms": 0.5, "GB/s": 2000.0,
          "floor ms": 0.4, "ratio to floor": 1.25},
         {"shape": "small", "op": "gate", "implementation": "torch", "ms": 2.0, "GB/s": 500.0,
@@ -27,7 +27,29 @@ def test_a_page_of_one_result(tmp_path: Path):
     assert "| gate | 0.5 | 2 | 1 | failed |" in page
     assert "- gate, peer: no GPU" in page
     assert "- gate: reads logits" in page
+    assert "## GPU: moe\n" in page
     assert "commit" not in page
+
+
+def test_a_rate_is_of_what_sets_the_floor():
+    row = {"GB/s": 2400.0, "TFLOP/s": 393.0, "% of matmul": 50.1, "ratio to floor": 1.996}
+    assert rate(row) == "393 TFLOP/s, 50 %"
+    assert rate(row | {"ratio to floor": 1.25}) == "2.4 TB/s"
+    assert rate({"GB/s": 900.0, "TFLOP/s": 0.9, "ratio to floor": 1.25}) == "900 GFLOP/s"
+
+
+def test_a_layer_lists_memory_and_slow_launches(tmp_path: Path):
+    (tmp_path / "gpu.json").write_text(
+        """{"environment": {"device": "GPU"}, "families": ["experts"], "counts": {},
+        "shapes": {"decode": "T=1"}, "results": [
+        {"shape": "decode", "op": "layer", "implementation": "sparsemoe", "ms": 0.1, "GB/s": 2000.0,
+         "floor ms": 0.09, "ratio to floor": 1.1, "extra MiB": 5.0, "call ms": 0.3},
+        {"shape": "decode", "op": "layer", "implementation": "torch", "ms": 0.3, "GB/s": 900.0,
+         "floor ms": 0.09, "ratio to floor": 3.3, "extra MiB": 0.0, "call ms": 0.31}]}"""
+    )
+    page = render([tmp_path / "gpu.json"])
+    assert "Peak memory above the inputs, MiB: layer: sparsemoe 5.\n" in page
+    assert "takes longer, ms: layer: sparsemoe 0.3.\n" in page
 
 
 def test_comparison_names_what_failed():

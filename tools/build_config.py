@@ -218,6 +218,16 @@ def sources(cuda: bool, root: Path = ROOT) -> list[str]:
     return sorted(str(p) for p in found if p.parts[1] != "numpy")
 
 
+def remove_older_than_headers(build: Path, root: Path = ROOT) -> None:
+    """Removes what was compiled from .cu files before the last change of a header."""
+    headers = [p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".cuh")]
+    newest = max((p.stat().st_mtime for p in headers), default=0)
+    for source in (root / "csrc").rglob("*.cu"):
+        compiled = build / source.relative_to(root).with_suffix(".o")
+        if compiled.exists() and compiled.stat().st_mtime < newest:
+            compiled.unlink()
+
+
 def version(root: Path = ROOT) -> str:
     text = (root / "python/sparsemoe/_version.py").read_text()
     return re.search(r'__version__ = "([^"]+)"', text)[1]  # type: ignore[index]
@@ -251,6 +261,8 @@ def compile_flags(cuda_targets: list[str], platform: str = sys.platform) -> dict
         "--expt-relaxed-constexpr",
         "-lineinfo",
         "-Xcompiler=-fvisibility=hidden",
+        # Without it Hopper's own kernels would be there and do nothing.
+        *(["-DSPARSEMOE_SM_90A"] if "sm_90a" in cuda_targets else []),
     ]
     return {"cxx": cxx, "nvcc": nvcc + gencode_flags(cuda_targets)}
 

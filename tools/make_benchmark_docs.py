@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ the call enqueued while the GPU waits, so that launches are not counted. On a CP
 wall time, caches are warm, and the implementations of an operation take turns, so that what else
 the machine does falls on all. Every result was first compared with the reference. The floor is the
 larger of the bytes that the operation must move over the copy bandwidth of the same run (on a CPU,
-that of a copy of the same size), and its operations over the matrix rate of the same run; what is
-counted stands at the end. "Plain PyTorch" is the fastest of the expressions in `bench/plain_*.py`,
-eager or compiled.
+that of a copy of the same size), and its operations over the rate of a large dense matrix product
+of the same dtype in the same run, of which a percentage is given; what is counted stands at the
+end. "Plain PyTorch" is the fastest of the expressions in `bench/plain_*.py`, eager or compiled.
 
 To repeat: `python -m bench.run --out FILE`. To explain a time: `python -m bench.profile --help`.
 """
@@ -52,11 +53,14 @@ def figure(value: float | None) -> str:
 
 
 def rate(row: dict[str, Any]) -> str:
-    if "TFLOP/s" in row:
+    """Operations, with the percentage of a dense product's, or bytes where they set the floor."""
+    share = row.get("% of matmul")
+    if "TFLOP/s" in row and not (share and share * row["ratio to floor"] < 99):
         value, units = row["TFLOP/s"] * 1000, ("GFLOP/s", "TFLOP/s")
     else:
-        value, units = row["GB/s"], ("GB/s", "TB/s")
-    return f"{figure(value)} {units[0]}" if value < 1000 else f"{figure(value / 1000)} {units[1]}"
+        value, units, share = row["GB/s"], ("GB/s", "TB/s"), None
+    text = f"{figure(value)} {units[0]}" if value < 1000 else f"{figure(value / 1000)} {units[1]}"
+    return f"{text}, {share:.0f} %" if share else text
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -77,7 +81,7 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
             last = shape
         ours = best(group, "sparsemoe")
         line = f"  {op:<38} "
-        line += f"{ours['ms']:8.4g} {ours['ratio to floor']:7.3g} {rate(ours):<13}" if ours else ""
+        line += f"{ours['ms']:8.4g} {ours['ratio to floor']:7.3g} {rate(ours):<18}" if ours else ""
         others = [row for row in group if row["implementation"] != "sparsemoe" and "ms" in row]
         line += ", ".join(f"{short(row['implementation'])} {figure(row['ms'])}" for row in others)
         rivals = [row["ms"] for row in others if row["implementation"] != "reference"]
@@ -98,9 +102,23 @@ def versus(ours: dict[str, Any], theirs: dict[str, Any] | None) -> list[str]:
     return [f"{figure(theirs['ms'])} ({name})", figure(theirs["ms"] / ours["ms"])]
 
 
+def launches_show(row: dict[str, Any]) -> bool:
+    return "extra MiB" in row and row.get("call ms", 0) > 1.5 * row["ms"]  # a GPU's
+
+
+def listed(
+    cases: dict[str, list[dict[str, Any]]], key: str, chosen: Callable[[dict[str, Any]], bool]
+) -> str:
+    found = {
+        op: [f"{row['implementation']} {figure(row[key])}" for row in rows if chosen(row)]
+        for op, rows in cases.items()
+    }
+    return "; ".join(f"{op}: {', '.join(texts)}" for op, texts in found.items() if texts)
+
+
 def section(data: dict[str, Any]) -> list[str]:
     environment = data["environment"]
-    lines = [f"## {environment['device']}", ""]
+    lines = [f"## {environment['device']}: {', '.join(data['families'])}", ""]
     lines += [
         f"- {key}: {value}" for key, value in environment.items() if value and key != "device"
     ]
@@ -131,14 +149,13 @@ def section(data: dict[str, Any]) -> list[str]:
             cells = [by_name.get(name, {}) for name in names]
             times.append([op] + ["failed" if "failed" in c else figure(c.get("ms")) for c in cells])
         lines += ["", "All times, ms:", "", *table(["", *names], times)]
-        memory = [
-            f"{op} {row['implementation']} {figure(row['extra MiB'])}"
-            for op, rows in mine.items()
-            for row in rows
-            if op.startswith("layer") and "extra MiB" in row
-        ]
+        layers = {op: rows for op, rows in mine.items() if op.startswith("layer")}
+        memory = listed(layers, "extra MiB", lambda row: bool(row.get("extra MiB")))
         if memory:
-            lines += ["", f"Peak memory above the inputs, MiB: {'; '.join(memory)}."]
+            lines += ["", f"Peak memory above the inputs, MiB: {memory}."]
+        waiting = listed(layers, "call ms", launches_show)
+        if waiting:
+            lines += ["", f"Wall time of a call where launching it takes longer, ms: {waiting}."]
         failed = [
             f"- {op}, {row['implementation']}: {row['failed']}"
             for op, rows in mine.items()

@@ -1,0 +1,212 @@
+"""Layers of experts: gather, two matrix products an expert, weighted sum, beside plain PyTorch and
+the peers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from bench import inputs_moe, peers, plain_moe, timing
+from bench.case import Op, beside, call, captured, forward_backward, parameters, plain, tensors
+from bench.inputs_moe import OLMOE, QWEN3, Inputs, Shape
+from sparsemoe.ops import moe as ops
+from sparsemoe.reference import moe as reference
+
+GPU_SHAPES = [QWEN3, OLMOE, *inputs_moe.OTHERS, *inputs_moe.SKEWED, *inputs_moe.DECODE]
+SHAPES = GPU_SHAPES if inputs_moe.GPU else inputs_moe.CPU
+
+ours = partial(beside, {"sparsemoe": ops, "reference": reference})
+
+
+def layer(module: Any, x, gate_up_proj, down_proj, experts, weights, **options: Any) -> Tensor:
+    plan = module.plan(experts, len(gate_up_proj))
+    return module.experts(x, gate_up_proj, down_proj, plan, weights, **options)
+
+
+def routed(module: Any, x, router, gate_up_proj, down_proj, top_k: int, **options: Any) -> Tensor:
+    weights, experts, *_ = module.gate(module.router_linear(x, router), top_k, **options)
+    return layer(module, x, gate_up_proj, down_proj, experts, weights)
+
+
+def up(module: Any, rows: Tensor, gate_up_proj: Tensor, plan: Any, mm: str = "grouped_mm") -> Any:
+    return getattr(module, mm)(rows, gate_up_proj.mT, plan.offsets)
+
+
+LAYER = "x gate_up_proj down_proj experts weights"
+LEAVES = "x gate_up_proj down_proj weights"
+ROUTED = "x router gate_up_proj down_proj top_k"
+ROUTED_LEAVES = "x router gate_up_proj down_proj"
+SONIC = "x low_router interleaved_proj down_proj"
+
+torch_layer = partial(layer, plain_moe)
+whole_layer = {
+    **ours(layer, LAYER),
+    **plain(torch_layer, LAYER),
+    "torch, grouped_mm": call(torch_layer, LAYER, mm=plain_moe.grouped_mm),
+    "torch, index_add": call(torch_layer, LAYER, sum_rows=plain_moe.combine_index_add),
+    "torch, bmm": call(torch_layer, LAYER, sum_rows=plain_moe.combine_bmm),
+    "moe-ops": call(peers.moe_ops_layer, LAYER),
+    "liger": call(peers.liger_layer, LAYER),
+    "scattermoe": call(peers.scattermoe_layer, LAYER),
+}
+routed_layer = {
+    **ours(routed, ROUTED, renormalize=True),
+    "torch": call(partial(routed, plain_moe), ROUTED),
+}
+router_linear = {
+    **ours("router_linear", "x router"),
+    "torch": call(plain_moe.router_linear, "x router"),
+}
+sonic = {"sonic-moe": call(peers.sonic_routed, f"{SONIC} top_k")}
+grouped_mm = {
+    **ours(up, "rows gate_up_proj plan"),
+    "torch": call(partial(up, plain_moe, mm="products"), "rows gate_up_proj long_plan"),
+    "torch, grouped_mm": call(partial(up, plain_moe), "rows gate_up_proj long_plan"),
+}
+# the others wait for the device, so that they cannot be captured
+CAPTURED = ("sparsemoe", "torch", "torch, bmm", "moe-ops")
+replayed = captured({name: whole_layer[name] for name in CAPTURED})
+replayed["reference"] = whole_layer["reference"]
+
+
+def layer_bytes(inputs: Inputs) -> float:
+    s = inputs.shape
+    weights = 3 * inputs.touched * s.width * s.hidden
+    return (2 * s.tokens * s.hidden + weights) * s.dtype.itemsize
+
+
+def layer_flops(inputs: Inputs) -> float:
+    s = inputs.shape
+    return 6 * s.pairs * s.width * s.hidden
+
+
+def routed_flops(inputs: Inputs) -> float:
+    s = inputs.shape
+    return layer_flops(inputs) + 2 * s.tokens * s.experts * s.hidden
+
+
+def router_bytes(inputs: Inputs) -> float:
+    s = inputs.shape
+    return s.tokens * s.hidden * s.dtype.itemsize + 4 * (s.tokens + s.hidden) * s.experts
+
+
+def mm_bytes(inputs: Inputs) -> float:
+    s = inputs.shape
+    rows = s.pairs * (s.hidden + 2 * s.width)
+    return (rows + 2 * inputs.touched * s.width * s.hidden) * s.dtype.itemsize
+
+
+def mm_flops(inputs: Inputs) -> float:
+    s = inputs.shape
+    return 4 * s.pairs * s.width * s.hidden
+
+
+def gradients_view(inputs: Inputs, result: Any) -> list[Tensor]:
+    """That of interleaved_proj laid out as the others'."""
+    return [t.transpose(1, 2).flatten(1, 2) if t.dim() == 4 else t for t in tensors(result)]
+
+
+OPS = [
+    Op(
+        "layer",
+        whole_layer,
+        "6 T k F H operations; reads x and the weights of experts that take a row, writes y",
+        layer_bytes,
+        layer_flops,
+    ),
+    Op(
+        "layer, CUDA graph",
+        replayed,
+        "as layer, which is replayed from a CUDA graph",
+        layer_bytes,
+        layer_flops,
+    ),
+    Op(
+        "layer, forward + backward",
+        forward_backward(whole_layer, LEAVES),
+        "18 T k F H operations; three times the forward pass's bytes",
+        lambda inputs: 3 * layer_bytes(inputs),
+        lambda inputs: 3 * layer_flops(inputs),
+    ),
+    Op(
+        "layer with router",
+        routed_layer | sonic,
+        "as layer, and 2 T E H operations",
+        layer_bytes,
+        routed_flops,
+        rough={"sonic-moe": 0.1},  # logits of bfloat16 choose other experts for some tokens
+    ),
+    Op(
+        "layer with router, forward + backward",
+        forward_backward(routed_layer, ROUTED_LEAVES) | forward_backward(sonic, SONIC),
+        "as layer, and 6 T E H operations",
+        lambda inputs: 3 * layer_bytes(inputs),
+        lambda inputs: 3 * routed_flops(inputs),
+        view=gradients_view,
+        rough={"sonic-moe": 0.3},
+    ),
+    Op(
+        "router_linear",
+        router_linear,
+        "2 T E H operations; reads x, writes logits",
+        router_bytes,
+        lambda inputs: routed_flops(inputs) - layer_flops(inputs),
+        tolerance=1e-4,
+    ),
+    Op(
+        "router_linear, forward + backward",
+        forward_backward(router_linear, "x router"),
+        "6 T E H operations; three times the forward pass's bytes",
+        lambda inputs: 3 * router_bytes(inputs),
+        lambda inputs: 3 * (routed_flops(inputs) - layer_flops(inputs)),
+    ),
+    Op(
+        "grouped_mm",
+        grouped_mm,
+        "4 T k F H operations; reads rows of H and the weights, writes rows of 2 F",
+        mm_bytes,
+        mm_flops,
+    ),
+    Op(
+        "grouped_mm, forward + backward",
+        forward_backward(grouped_mm, "rows gate_up_proj"),
+        "12 T k F H operations; three times the forward pass's bytes",
+        lambda inputs: 3 * mm_bytes(inputs),
+        lambda inputs: 3 * mm_flops(inputs),
+    ),
+]
+
+
+def wanted(shape: Shape, op: Op, name: str) -> bool:
+    """What is worth its time. The peers tune themselves for each width, which takes a minute, so
+    they meet those of the first two shapes only."""
+    first = shape in SHAPES[:2]
+    decode = "decode" in shape.name
+    if decode and (op.name in ("grouped_mm", "router_linear") or "backward" in op.name):
+        return False
+    if "graph" in op.name:
+        return decode and name != "reference"
+    if shape.skewed and op.name not in ("layer", "layer, forward + backward"):
+        return False
+    if name == "torch, grouped_mm":
+        return not inputs_moe.GPU  # there it is "torch"
+    if name in ("reference", "torch-compiled"):  # slow, and slow to compile
+        return shape is SHAPES[0]
+    if name in ("torch, index_add", "sonic-moe"):
+        return first
+    widths = {(s.hidden, s.width) for s in SHAPES[:2]}
+    return name not in peers.KNOWN or (shape.hidden, shape.width) in widths
+
+
+CASES = [(shape, op, name) for shape in SHAPES for op in OPS for name in op.calls]
+
+
+@pytest.mark.benchmark(timer=timing.synchronized_clock)
+@pytest.mark.parametrize(
+    ("shape", "op", "name"), parameters(case for case in CASES if wanted(*case))
+)
+def test_experts(measure: Any, shape: Shape, op: Op, name: str) -> None:
+    measure(Inputs, shape, op, name)
