@@ -68,6 +68,11 @@ def compiled_library():
             # what changed is compiled again.
             self.build_temp = str(config.ROOT / "build" / ("cuda" if cuda else "cpu"))
 
+        def build_extensions(self):
+            # A torch without CUDA does not tell ninja which headers a .cu file includes.
+            config.remove_older_than_headers(Path(self.build_temp))
+            super().build_extensions()
+
     extension = cpp_extension.CppExtension(
         "sparsemoe._C",
         config.sources(cuda),

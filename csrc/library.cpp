@@ -4,6 +4,8 @@
 
 STABLE_TORCH_LIBRARY(sparsemoe, m) {
   // moe: choosing
+  m.def("router_linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("router_linear_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)");
   m.def(
       "gate(Tensor logits, int top_k, str scoring='softmax', bool renormalize=False, "
       "float scale=1.0, Tensor? bias=None, int n_group=1, int topk_group=1, "
@@ -36,10 +38,26 @@ STABLE_TORCH_LIBRARY(sparsemoe, m) {
       "Tensor row_pair, Tensor token_rows, Tensor? token_offsets) "
       "-> (Tensor grad_rows, Tensor grad_weights)");
 
-  // moe: experts. y[r] = weight[e] @ x[r] for the rows of expert e
-  m.def("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor");
-  m.def("grouped_linear_backward_x(Tensor grad, Tensor weight, Tensor offsets) -> Tensor");
-  m.def("grouped_linear_backward_weight(Tensor grad, Tensor x, Tensor offsets) -> Tensor");
+  // moe: the experts. `pre`, what the first projection gave, is kept for the way back or is [0]:
+  // then it is computed again. Gradients that are not wanted are [0]; so is one that was added to a
+  // sum
+  m.def(
+      "experts(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, "
+      "Tensor? down_bias, Tensor? weights, Tensor offsets, Tensor row_token, Tensor row_pair, "
+      "Tensor token_rows, Tensor? token_offsets, str activation, bool keep) "
+      "-> (Tensor y, Tensor pre)");
+  m.def(
+      "experts_backward(Tensor grad, Tensor x, Tensor gate_up_proj, Tensor down_proj, "
+      "Tensor? gate_up_bias, Tensor? down_bias, Tensor? weights, Tensor offsets, "
+      "Tensor row_token, Tensor row_pair, Tensor token_rows, Tensor? token_offsets, "
+      "str activation, Tensor pre, bool need_x, bool need_gate_up, bool need_down, "
+      "Tensor(a!)? gate_up_sum, Tensor(b!)? down_sum) "
+      "-> (Tensor grad_x, Tensor grad_gate_up_proj, Tensor grad_down_proj, "
+      "Tensor grad_gate_up_bias, Tensor grad_down_bias, Tensor grad_weights)");
+
+  // moe: y[r] = a[r] @ b[e] for the rows of expert e, and its gradient to b
+  m.def("grouped_mm(Tensor a, Tensor b, Tensor offsets) -> Tensor");
+  m.def("grouped_mm_backward_b(Tensor a, Tensor grad, Tensor offsets, bool by_column) -> Tensor");
 
   // moe: keeping experts in balance
   m.def("load_balance_loss(Tensor logits, Tensor counts, Tensor? mask=None) -> Tensor");

@@ -12,8 +12,9 @@ struct CombineParams {
   DType dtype;
   const void* rows;  // [n_rows, width], rows_stride elements apart
   int64_t rows_stride;
-  const void* weights;  // by pair, float (double where dtype is f64); null: ones
-  void* y;              // [n_tokens, width]
+  const void* weights;   // by pair, float (double where dtype is f64); null: ones
+  void* y;               // [n_tokens, width]
+  int64_t y_stride = 0;  // elements between rows of y; 0: width
 };
 
 struct CombineBackwardParams {

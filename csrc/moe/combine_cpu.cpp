@@ -42,10 +42,11 @@ void sum_rows(const CombineParams& p) {
   using Real = acc_t<T>;
   const T* rows = static_cast<const T*>(p.rows);
   const Real* weights = static_cast<const Real*>(p.weights);
+  const int64_t y_stride = p.y_stride ? p.y_stride : p.width;
   parallel_for(0, p.map.n_tokens, grain_for(p.width * 16), [&](int64_t begin, int64_t end) {
     std::vector<Real> sum(p.width);
     for (int64_t t = begin; t < end; ++t) {
-      T* y = static_cast<T*>(p.y) + t * p.width;
+      T* y = static_cast<T*>(p.y) + t * y_stride;
       Entries entries = entries_of(p.map, t);
       for (bool first = true, last = false; !last; first = false) {
         int64_t index[kRowsAtOnce], entry[kRowsAtOnce];

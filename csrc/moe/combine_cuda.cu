@@ -23,7 +23,7 @@ bool wide_enough(int64_t width, int64_t stride_a, int64_t stride_b, const void* 
 template <class T, int N>
 __global__ void __launch_bounds__(kRowThreads)
     combine_kernel(const RowMap map, const T* rows, int64_t rows_stride, const float* weights, T* y,
-                   int64_t width, int64_t pieces) {
+                   int64_t y_stride, int64_t width, int64_t pieces) {
   using P = Pack<T, N>;
   const int64_t warp = blockIdx.x * int64_t(kRowWarps) + warp_id();
   if (warp >= map.n_tokens * pieces) return;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kRowThreads)
       }
     }
   }
-  if (inside) *reinterpret_cast<P*>(y + token * width + column) = P::of(sum);
+  if (inside) *reinterpret_cast<P*>(y + token * y_stride + column) = P::of(sum);
 }
 
 // One block a token, a thread a pack of its gradient. The inner products <rows[r], grad> are summed
@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 }  // namespace
 
 int combine_cuda(const CombineParams& p, void* stream) {
+  const int64_t y_stride = p.y_stride ? p.y_stride : p.width;
   return with_cuda_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto launch = [&](auto n) {
@@ -151,10 +152,10 @@ int combine_cuda(const CombineParams& p, void* stream) {
       combine_kernel<T, N><<<unsigned(ceil_div(p.map.n_tokens * pieces, kRowWarps)), kRowThreads, 0,
                              cudaStream_t(stream)>>>(
           p.map, static_cast<const T*>(p.rows), p.rows_stride, static_cast<const float*>(p.weights),
-          static_cast<T*>(p.y), p.width, pieces);
+          static_cast<T*>(p.y), y_stride, p.width, pieces);
       return int(cudaGetLastError());
     };
-    return wide_enough<T>(p.width, p.rows_stride, 0, p.rows, p.y, nullptr)
+    return wide_enough<T>(p.width, p.rows_stride, y_stride, p.rows, p.y, nullptr)
                ? launch(LaneWidth<kWide<T>>())
                : launch(LaneWidth<1>());
   });

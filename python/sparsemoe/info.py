@@ -24,6 +24,7 @@ def build_info() -> dict[str, Any]:
     torch_cuda       the CUDA version that torch was built with, or None
     gpus             names of the GPUs that torch sees
     will_use         one entry for each kind of tensor: ['cuda sm_90a', 'cpu avx512']
+    expert_products  what multiplies the experts on each GPU: 'hopper' kernels or 'portable' ones
     """
     library = library_build_info()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
@@ -43,6 +44,7 @@ def build_info() -> dict[str, Any]:
             *dict.fromkeys(f"cuda {code}" for code in codes if code),
             f"cpu {library['cpu_isa_in_use']}",
         ],
+        "expert_products": ["hopper" if code == "sm_90a" else "portable" for code in codes if code],
     }
 
 
@@ -102,6 +104,8 @@ def format_info(info: dict[str, Any]) -> str:
         "threads": str(info["threads"]),
         "will use": listed(info["will_use"], "nothing"),
     }
+    if info["expert_products"]:
+        lines["experts by"] = listed(info["expert_products"], "") + " kernels"
     if info["gpus"] and not any(use.startswith("cuda") for use in info["will_use"]):
         reason = "holds no code for this GPU" if info["cuda_archs"] else "was built without CUDA"
         lines["note"] = f"the library {reason}: reinstall it with nvcc on the PATH"

@@ -18,6 +18,7 @@ OPTIONS = [
     {"capacity_factor": 1.0},
     {"capacity_factor": 0.5, "drop_policy": "weight"},
     {"num_shared_experts": 2, "activation": "geglu"},
+    {"bias": True, "recompute": True, "capacity_factor": 1.5},
     {"scoring": "sigmoid", "expert_bias": True, "n_group": 4, "topk_group": 2, "scale": 2.5},
     {"router": "expert_choice"},
     {"router": "expert_choice", "causal": True},
@@ -41,8 +42,10 @@ def test_forward_backward_and_metrics(device, options):
     assert -1e-6 <= routing.dropped_share() < 1
 
 
-def test_against_one_expert_at_a_time(device):
-    layer = make(device, num_shared_experts=1)
+@pytest.mark.parametrize("bias", [False, True])
+def test_against_one_expert_at_a_time(device, bias):
+    layer = make(device, num_shared_experts=1, bias=bias)
+    up_bias, down_bias = layer.experts.gate_up_proj_bias, layer.experts.down_proj_bias
     x = torch.randn(20, 32, device=device)
     y, _ = layer(x)
     probability = (x @ layer.router.linear.weight.T).softmax(-1)
@@ -51,8 +54,9 @@ def test_against_one_expert_at_a_time(device):
     expected = layer.shared_experts(x)
     for t in range(20):
         for w, e in zip(weight[t], chosen[t], strict=True):
-            hidden = reference.activate(layer.experts.gate_up_proj[e] @ x[t], "swiglu")
-            expected[t] += w * (layer.experts.down_proj[e] @ hidden)
+            before = layer.experts.gate_up_proj[e] @ x[t] + (up_bias[e] if bias else 0)
+            after = layer.experts.down_proj[e] @ reference.activate(before, "swiglu")
+            expected[t] += w * (after + (down_bias[e] if bias else 0))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -128,7 +132,29 @@ def test_state_dict_names_are_those_of_transformers():
     assert make("cpu").experts.gate_up_proj.shape == (8, 48, 32)
 
 
-@pytest.mark.parametrize("options", [{}, {"router": "expert_choice"}, {"capacity_factor": 1.25}])
+def test_names_with_biases():
+    experts = make("cpu", bias=True).experts
+    assert experts.gate_up_proj_bias.shape == (8, 48) and experts.down_proj_bias.shape == (8, 32)
+    bound = 32**-0.5
+    assert 0 < experts.gate_up_proj_bias.abs().max() <= bound
+    assert "bias=True" in repr(experts)
+    assert not any("bias" in name for name in make("cpu").state_dict())
+
+
+def test_recomputing_changes_nothing(device):
+    layer = make(device, bias=True)
+    x = torch.randn(40, 32, device=device)
+    grads = []
+    for recompute in (False, True):
+        layer.experts.recompute = recompute
+        grads.append(torch.autograd.grad(layer(x)[0].square().sum(), [*layer.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert make("cpu", recompute=True).experts.recompute
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"router": "expert_choice"}, {"capacity_factor": 1.25, "bias": True}]
+)
 def test_compile_without_a_graph_break(device, options):
     layer = make(device, **options)
     x = torch.randn(2, 16, 32, device=device)

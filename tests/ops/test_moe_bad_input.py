@@ -21,6 +21,43 @@ def plan():
     return moe.plan(experts(), 3)
 
 
+GOOD = {"x": (4, 6), "up": (3, 8, 6), "down": (3, 6, 4), "weights": (4, 2)}
+
+
+def layer(plan=plan, activation="swiglu", **changed):
+    """experts on 4 tokens, 3 experts, 2 choices, 6 wide with 4 inner columns; but for what changed,
+    which is a shape or a tensor."""
+    given = {k: v if torch.is_tensor(v) else torch.zeros(v) for k, v in (GOOD | changed).items()}
+    options = {k: given.pop(k) for k in ("gate_up_bias", "down_bias") if k in given}
+    if "sums" in given:
+        options["main_grads"] = (given.pop("sums"), None)
+    return moe.experts(
+        *(given[k] for k in ("x", "up", "down")), plan(), given["weights"], activation, **options
+    )
+
+
+def other_plan(**changed):
+    return lambda: plan()._replace(**changed)
+
+
+def offsets(*values):
+    return torch.tensor(values, dtype=i)
+
+
+def backward(grad=(4, 6), pre=(8, 8), sums=(None, None)):
+    p = plan()
+    x, up, down, w = (torch.zeros(size) for size in GOOD.values())
+    return torch.ops.sparsemoe.experts_backward(
+        torch.zeros(grad), x, up, down, None, None, w, p.offsets, *p[2:], "swiglu", torch.zeros(pre),
+        True, True, True, *sums,
+    )  # fmt: skip
+
+
+def product(a=(4, 6), b=(3, 6, 5), at=(0, 1, 2, 4)):
+    a, b = (t if torch.is_tensor(t) else torch.zeros(t) for t in (a, b))
+    return moe.grouped_mm(a, b, at if torch.is_tensor(at) else offsets(*at))
+
+
 CASES = {
     "gate rank": (lambda: moe.gate(logits(4), 1), r"logits must have shape \[tokens, experts\], got \[4\]"),
     "gate dtype": (lambda: moe.gate(logits(dtype=torch.int64), 1), "logits must be float32.* got Long"),
@@ -60,25 +97,55 @@ CASES = {
     "dispatch dtype": (lambda: moe.dispatch(torch.zeros(4, 2, dtype=i), plan()), "x must be float32"),
     "combine rows": (lambda: moe.combine(torch.zeros(7, 2), plan()), r"rows must have shape .* size 8 in dimension 0, got \[7, 2\]"),
     "combine weights": (lambda: moe.combine(torch.zeros(8, 2), plan(), torch.ones(3)), r"weights must hold one value for each of the 8 pairs.* got shape \[3\]"),
-    "experts x": (
-        lambda: moe.experts(torch.zeros(4, 5), torch.zeros(3, 8, 6), torch.zeros(3, 6, 4), plan()),
-        r"x must have shape \[tokens, 6\], got \[4, 5\]",
+    "experts x": (lambda: layer(x=(4, 5)), r"x must have shape \[tokens, 6\], got \[4, 5\]"),
+    "experts x rank": (lambda: layer(x=(4,)), r"x must have shape \[tokens, 6\], got \[4\]"),
+    "experts x dtype": (lambda: layer(x=experts(4, 6)), "x must be float32.* got Int"),
+    "experts tokens": (lambda: layer(x=(5, 6)), r"x must have the 4 tokens of the plan, got shape \[5, 6\]"),
+    "experts up rank": (lambda: layer(up=(8, 6)), r"gate_up_proj must have shape \[experts, .*, hidden\], got \[8, 6\]"),
+    "experts up odd": (lambda: layer(up=(3, 9, 6)), r"gate_up_proj must have an even number of rows an expert with swiglu, got shape \[3, 9, 6\]"),
+    "experts up dtype": (lambda: layer(up=logits(3, 8, 6, dtype=torch.bfloat16)), "gate_up_proj must have dtype Float, got BFloat16"),
+    "experts down": (lambda: layer(down=(3, 6, 5)), r"down_proj must have shape \[3, 6, 4\] beside gate_up_proj \[3, 8, 6\], got \[3, 6, 5\]"),
+    "experts down, no gate": (lambda: layer(activation="relu2"), r"down_proj must have shape \[3, 6, 8\]"),
+    "experts down dtype": (lambda: layer(down=logits(3, 6, 4).half()), "down_proj must have dtype Float, got Half"),
+    "experts up bias": (lambda: layer(gate_up_bias=(3, 4)), r"gate_up_bias must have shape \[3, 8\], got \[3, 4\]"),
+    "experts up bias dtype": (lambda: layer(gate_up_bias=logits(3, 8).double()), "gate_up_bias must have dtype Float, got Double"),
+    "experts down bias": (lambda: layer(down_bias=(6,)), r"down_bias must have shape \[3, 6\], got \[6\]"),
+    "experts weights": (lambda: layer(weights=(4, 3)), r"weights must hold one value for each of the 8 pairs of the plan, got shape \[4, 3\]"),
+    "experts activation": (lambda: layer(activation="tanh"), "activation must be one of .* got 'tanh'"),
+    "experts bare activation": (
+        lambda: torch.ops.sparsemoe.experts(*map(torch.zeros, list(GOOD.values())[:3]), None, None, None, plan()[0], *plan()[2:], "tanh", False),
+        "activation must be one of swiglu, geglu, relu2, silu, gelu, got 'tanh'",
     ),
-    "experts down": (
-        lambda: moe.experts(torch.zeros(4, 6), torch.zeros(3, 8, 6), torch.zeros(3, 6, 5), plan()),
-        r"down_proj must have shape \[3, 6, 4\]",
-    ),
-    "experts activation": (
-        lambda: moe.experts(torch.zeros(4, 6), torch.zeros(3, 8, 6), torch.zeros(3, 6, 4), plan(), None, "tanh"),
-        "activation must be one of .* got 'tanh'",
-    ),
-    "grouped_linear": (
-        lambda: moe.grouped_linear(torch.zeros(4, 6), torch.zeros(3, 8, 5), torch.zeros(4, dtype=i)),
-        "x must have the 5 columns of weight",
-    ),
-    "grouped offsets": (
-        lambda: moe.grouped_linear(torch.zeros(4, 5), torch.zeros(3, 8, 5), torch.zeros(3, dtype=i)),
-        r"offsets must be int32 \[experts \+ 1\] = \[4\], got",
+    "experts fewer": (lambda: layer(up=(2, 8, 6), down=(2, 6, 4)), r"plan.offsets must have shape \[3\], one more than the experts, got \[4\]"),
+    "experts offsets dtype": (lambda: layer(other_plan(offsets=offsets(0, 2, 4, 8).long())), "plan.offsets must have dtype Int, got Long"),
+    "experts offsets start": (lambda: layer(other_plan(offsets=offsets(1, 2, 4, 8))), r"plan.offsets must ascend from 0 to at most the 8 rows, got 1 at \[0\]"),
+    "experts offsets descend": (lambda: layer(other_plan(offsets=offsets(0, 4, 2, 8))), r"plan.offsets must ascend .* got 2 at \[2\]"),
+    "experts offsets end": (lambda: layer(other_plan(offsets=offsets(0, 2, 4, 9))), r"plan.offsets must ascend .* the 8 rows, got 9 at \[3\]"),
+    "experts row_pair": (lambda: layer(other_plan(row_pair=offsets(1, 2))), r"plan.row_pair must have shape .* with size 8 .*got \[2\]"),
+    "experts row_token": (lambda: layer(other_plan(row_token=offsets(1).float())), "plan.row_token must have dtype Int, got Float"),
+    "experts token_rows": (lambda: layer(other_plan(token_rows=offsets(1, 2))), r"plan.token_rows must have shape \[tokens, top_k\], got \[2\]"),
+    "experts sum shape": (lambda: layer(sums=(3, 6, 8)), r"main_grads\[0\] must be a contiguous float32 tensor of shape \[3, 8, 6\] on cpu, got torch.float32 \[3, 6, 8\]"),
+    "experts sum dtype": (lambda: layer(sums=logits(3, 8, 6).bfloat16()), r"main_grads\[0\] must be .* got torch.bfloat16"),
+    "experts sum strides": (lambda: layer(sums=logits(3, 6, 8).mT), r"main_grads\[0\] must be a contiguous .* with strides"),
+    "backward grad": (lambda: backward(grad=(4, 5)), r"grad must have shape \[4, 6\], got \[4, 5\]"),
+    "backward pre": (lambda: backward(pre=(8, 4)), r"pre must have shape \[8, 8\], got \[8, 4\]"),
+    "backward sum": (lambda: backward(sums=(logits(3, 8, 6).half(), None)), "gate_up_sum must have dtype Float, got Half"),
+    "backward sum shape": (lambda: backward(sums=(None, logits(3, 8, 6))), r"down_sum must have shape \[3, 6, 4\], got \[3, 8, 6\]"),
+    "backward sum strides": (lambda: backward(sums=(None, logits(3, 4, 6).mT)), "down_sum must be contiguous"),
+    "product a": (lambda: product(a=(4, 5)), r"a must have the 6 columns that b \[3, 6, 5\] takes, got shape \[4, 5\]"),
+    "product a rank": (lambda: product(a=(6,)), r"a must have shape \[rows, in\], got \[6\]"),
+    "product a dtype": (lambda: product(a=experts(4, 6)), "a must be float32.* got Int"),
+    "product b rank": (lambda: product(b=(6, 5)), r"b must have shape \[experts, in, out\], got \[6, 5\]"),
+    "product b dtype": (lambda: product(b=logits(3, 6, 5).half()), "b must have dtype Float, got Half"),
+    "product offsets": (lambda: product(at=(0, 1, 2)), r"offsets must have shape \[4\], one more than the experts, got \[3\]"),
+    "product offsets rank": (lambda: product(at=offsets(0, 1, 2, 4)[None]), r"offsets must have shape \[4\]"),
+    "product offsets dtype": (lambda: product(at=offsets(0, 1, 2, 4).long()), "offsets must have dtype Int, got Long"),
+    "product offsets order": (lambda: product(at=(0, 3, 2, 4)), r"offsets must ascend from 0 to at most the 4 rows, got 2 at \[2\]"),
+    "product offsets end": (lambda: product(at=(0, 1, 2, 5)), r"offsets must ascend .* the 4 rows, got 5 at \[3\]"),
+    "product offsets below": (lambda: product(at=(-1, 1, 2, 3)), r"offsets must ascend .* got -1 at \[0\]"),
+    "product grad": (
+        lambda: torch.ops.sparsemoe.grouped_mm_backward_b(torch.zeros(4, 6), torch.zeros(3, 5), offsets(0, 4), False),
+        r"grad must have shape \[rows, out\] with size 4 in dimension 0, got \[3, 5\]",
     ),
     "balance counts": (
         lambda: moe.load_balance_loss(logits(), torch.zeros(5, dtype=i)),
@@ -108,3 +175,23 @@ def test_tensors_on_two_devices():
         moe.dispatch(torch.zeros(4, 2).cuda(), plan())
     with pytest.raises(RuntimeError, match="logits must be .* on a GPU, got float64"):
         moe.gate(logits(dtype=torch.float64).cuda(), 1)
+    cuda = {k: torch.zeros(v, device="cuda") for k, v in GOOD.items()}
+
+    def cuda_plan():
+        return moe.plan(experts().cuda(), 3)
+
+    for name, message in (
+        ("up", "gate_up_proj must be on the same device as x"),
+        ("down", "down_proj must be on the same device as x"),
+        ("weights", "weights must be on the same device as x"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            layer(cuda_plan, **cuda | {name: torch.zeros(GOOD[name])})
+    with pytest.raises(RuntimeError, match="plan.row_token must be on the same device as x"):
+        layer(**cuda)
+    with pytest.raises(RuntimeError, match="x must be .* on a GPU, got float64"):
+        layer(cuda_plan, **{k: v.double() for k, v in cuda.items()})
+    with pytest.raises(RuntimeError, match="b must be on the same device as a"):
+        product(a=torch.zeros(4, 6, device="cuda"), at=offsets(0, 1, 2, 4).cuda())
+    with pytest.raises(RuntimeError, match="offsets must be on the same device as a"):
+        product(*(torch.zeros(s, device="cuda") for s in ((4, 6), (3, 6, 5))))

@@ -1,86 +1,418 @@
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch import Tensor
 
 from sparsemoe.ops import moe
 from sparsemoe.reference import moe as reference
-from tests.ops.moe_cases import routed
+from tests.ops.moe_cases import HALVES, routed
+
+# Relative error that a row of y, or of a gradient, may have.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = [torch.float32, *HALVES]
+
+# Around the tiles of the GPU's kernels: 128 rows by 256 columns, 64 deep.
+RAGGED = [0, 1, 2, 127, 128, 129, 0, 31, 257, 3]
+SIZES = [(64, 64), (200, 136), (136, 264), (264, 200), (72, 520), (37, 29)]
 
 
-def layer(n_tokens, hidden, inner, n_experts, activation, device, dtype):
-    width = moe.ACTIVATIONS[activation] * inner
+class Inputs(NamedTuple):
+    x: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    weights: Tensor | None
+
+    def run(self, plan, activation="swiglu", **options):
+        x, up, down, up_bias, down_bias, weights = self
+        biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
+        return moe.experts(x, up, down, plan, weights, activation, **biases, **options)
+
+    def expected(self, plan, activation="swiglu"):
+        x, up, down, up_bias, down_bias, weights = self
+        return reference.experts(x, up, down, plan, weights, activation, up_bias, down_bias)
+
+    def given(self):
+        return {name: t for name, t in self._asdict().items() if t is not None}
+
+    def to(self, dtype):
+        """Leaves with the same values; the routing weights stay float32 with half types."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return Inputs(
+            *(
+                None if t is None else t.detach().to(wide if t is self.weights else dtype).clone()
+                for t in self
+            )
+        ).differentiable()
+
+    def differentiable(self):
+        for t in self.given().values():
+            t.requires_grad_()
+        return self
+
+    def grads(self):
+        return {name: t.grad for name, t in self.given().items()}
+
+
+def layer(n_tokens, hidden, inner, n_experts, device, dtype, weights=None, **options):
+    """Random inputs. Options: activation, bias."""
+    width = moe.ACTIVATIONS[options.get("activation", "swiglu")] * inner
     x = torch.randn(n_tokens, hidden, device=device)
     up = torch.randn(n_experts, width, hidden, device=device) * hidden**-0.5
     down = torch.randn(n_experts, hidden, inner, device=device) * inner**-0.5
-    return [t.to(dtype).requires_grad_() for t in (x, up, down)]
+    up_bias = down_bias = None
+    if options.get("bias"):
+        up_bias = torch.randn(n_experts, width, device=device)
+        down_bias = torch.randn(n_experts, hidden, device=device)
+    return Inputs(x, up, down, up_bias, down_bias, weights).to(dtype)
 
 
+def ragged_plan(counts, device):
+    """One expert a token, in random order; and weights."""
+    chosen = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    chosen = chosen[torch.randperm(len(chosen))].int()[:, None].to(device)
+    return moe.plan(chosen, len(counts)), torch.rand(chosen.shape, device=device) + 0.5
+
+
+def near(name, actual, expected, dtype):
+    """Row by row, so that one wrong row among many is seen. Small rows count as an average one."""
+    assert actual.shape == expected.shape, name
+    if not actual.numel():
+        return
+    if name == "weights":
+        actual, expected = actual.reshape(-1, 1), expected.reshape(-1, 1)
+    error = (actual.double() - expected.double()).flatten(0, -2).norm(dim=1)
+    size = expected.double().flatten(0, -2).norm(dim=1)
+    size = size.clamp(min=size.square().mean().sqrt().item() + 1e-30)
+    worst = (error / size).max().item()
+    assert worst <= TOLERANCE[dtype], f"{name} is wrong by {worst:.2g}"
+
+
+@contextmanager
+def poisoned_memory():
+    """Deterministic mode fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(inputs, plan, activation="swiglu", poisoned=False, **options):
+    """y and every gradient against the reference in float64 on the same rounded inputs."""
+    dtype = inputs.x.dtype
+    exact = inputs.to(torch.float64)
+    expected = exact.expected(plan, activation)
+    upstream = torch.randn(expected.shape, device=expected.device).to(dtype)
+    with poisoned_memory() if poisoned else nullcontext():
+        y = inputs.run(plan, activation, **options)
+        y.backward(upstream)
+    assert y.dtype == dtype
+    near("y", y, expected, dtype)
+    expected.backward(upstream.double())
+    for (name, actual), wanted in zip(inputs.grads().items(), exact.grads().values(), strict=True):
+        assert actual.dtype == getattr(inputs, name).dtype
+        near(name, actual, torch.zeros_like(actual) if wanted is None else wanted, dtype)
+
+
+@pytest.mark.parametrize("hidden, inner", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ragged_experts(device, dtype, hidden, inner):
+    plan, weights = ragged_plan(RAGGED, device)
+    check(layer(sum(RAGGED), hidden, inner, len(RAGGED), device, dtype, weights), plan)
+
+
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_every_number_of_choices(device, top_k):
+    experts, weights = routed(90, 9, top_k, device, skew=2.0)
+    check(layer(90, 72, 40, 9, device, torch.bfloat16, weights), moe.plan(experts, 9))
+
+
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", moe.ACTIVATIONS)
-@pytest.mark.parametrize("capacity", [None, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_experts(device, activation, capacity, dtype):
-    """Against the reference in float64 on the same rounded inputs."""
-    inputs = layer(40, 48, 24, 5, activation, device, dtype)
-    experts, weights = routed(40, 5, 2, device, skew=1.5)
-    plan = moe.plan(experts, 5, capacity=capacity)
-    weights.requires_grad_()
-    y = moe.experts(*inputs, plan, weights, activation)
-    exact = [t.detach().double().cpu().requires_grad_() for t in (*inputs, weights)]
-    host_plan = type(plan)(*(None if t is None else t.cpu() for t in plan))
-    expected = reference.experts(*exact[:3], host_plan, exact[3], activation)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-
-    def near(a, b):
-        assert (a.cpu().double() - b).norm() <= tolerance * b.norm() + 1e-12
-
-    near(y, expected)
-    upstream = torch.randn_like(y)
-    y.backward(upstream)
-    expected.backward(upstream.double().cpu())
-    for actual, reference_input in zip((*inputs, weights), exact, strict=True):
-        near(actual.grad, reference_input.grad)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_activation(device, dtype, activation, bias):
+    experts, weights = routed(60, 5, 2, device, skew=1.5)
+    inputs = layer(60, 48, 24, 5, device, dtype, weights, activation=activation, bias=bias)
+    check(inputs, moe.plan(experts, 5), activation)
 
 
-def test_sizes_that_no_library_kernel_takes(device):
-    """Rows that are no multiple of 16 bytes."""
-    inputs = layer(10, 5, 3, 4, "swiglu", device, torch.bfloat16)
-    experts, weights = routed(10, 4, 2, device)
-    plan = moe.plan(experts, 4)
-    moe.experts(*inputs, plan, weights).sum().backward()
-    assert all(t.grad.isfinite().all() for t in inputs)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_dropped_pairs(device, dtype, bias):
+    """Rows that no pair needs come last, and dropped pairs get the gradient zero."""
+    experts, weights = routed(150, 5, 2, device, skew=1.5)
+    experts[7] = -1
+    plan = moe.plan(experts, 5, capacity=40)
+    inputs = layer(150, 48, 40, 5, device, dtype, weights, bias=bias)
+    check(inputs, plan)
+    dropped = plan.token_rows < 0
+    assert dropped.any() and (inputs.weights.grad[dropped] == 0).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_that_choose(device, dtype, bias):
+    """Repeated tokens, tokens that no expert takes, and rows without token in the middle."""
+    chosen = torch.randint(-1, 60, (6, 33), dtype=torch.int32, device=device)
+    chosen[2], chosen[3, :4] = -1, 11
+    plan = moe.plan_from_tokens(chosen, 70)
+    weights = torch.rand(6, 33, device=device)
+    check(layer(70, 40, 72, 6, device, dtype, weights, bias=bias), plan)
+    check(layer(70, 40, 72, 6, device, dtype, bias=bias), plan)  # no weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_weights(device, dtype):
+    experts, _ = routed(50, 7, 3, device)
+    check(layer(50, 64, 32, 7, device, dtype, bias=True), moe.plan(experts, 7))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_tokens(device, dtype, n_tokens):
+    """Too few for every thread or multiprocessor to get an expert."""
+    for hidden, inner, top_k in ((136, 264, 1), (264, 136, 4)):
+        experts, weights = routed(n_tokens, 16, top_k, device)
+        inputs = layer(n_tokens, hidden, inner, 16, device, dtype, weights)
+        check(inputs, moe.plan(experts, 16))
+
+
+@pytest.mark.parametrize("counts", [[2100, 0, 5], [1030, 90, 80, 70, 60, 1], [520, 530, 540, 510]])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_large_experts(device, counts, recompute):
+    """More rows than go through a step at once, and an expert that needs all threads."""
+    plan, weights = ragged_plan(counts, device)
+    inputs = layer(sum(counts), 24, 40, len(counts), device, torch.float32, weights, bias=True)
+    check(inputs, plan, recompute=recompute)
+
+
+def test_any_number_of_threads():
+    plan, weights = ragged_plan([900, 3, 400, 0, 200, 20], "cpu")
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 3, 8):
+            torch.set_num_threads(n)
+            check(layer(1523, 40, 72, 6, "cpu", torch.float32, weights, bias=True), plan)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", ["no tokens", "one expert takes all", "no expert"])
-def test_awkward_routing(device, case):
-    n_tokens = 0 if case == "no tokens" else 16
-    inputs = layer(n_tokens, 16, 8, 4, "swiglu", device, torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_awkward_routing(device, dtype, case):
+    n_tokens = 0 if case == "no tokens" else 150
     chosen = {"one expert takes all": 2, "no expert": -1}.get(case, 0)
     experts = torch.full((n_tokens, 1), chosen, dtype=torch.int32, device=device)
-    y = moe.experts(*inputs, moe.plan(experts, 4))
-    assert y.shape == (n_tokens, 16) and y.isfinite().all()
-    y.sum().backward()
-    used = inputs[1].grad.flatten(1).norm(dim=1) > 0
+    weights = torch.rand(n_tokens, 1, device=device)
+    inputs = layer(n_tokens, 16, 8, 4, device, dtype, weights, bias=True)
+    check(inputs, moe.plan(experts, 4))
+    used = inputs.gate_up_proj.grad.flatten(1).norm(dim=1) > 0
     assert used.tolist() == [False, False, chosen == 2, False]
 
 
-def test_gradient_in_float64():
-    inputs = layer(6, 4, 3, 3, "swiglu", "cpu", torch.float64)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_token_stays_alone(device, dtype, bad):
+    experts, weights = routed(140, 8, 2, device)
+    plan = moe.plan(experts, 8)
+    inputs = layer(140, 64, 40, 8, device, dtype, weights)
+    clean = inputs.run(plan).detach()
+    with torch.no_grad():
+        inputs.x[9] = bad
+    y = inputs.run(plan)
+    others = torch.arange(140, device=device) != 9
+    assert not y[9].isfinite().all() and torch.equal(y[others], clean[others])
+    y.sum().backward()
+    assert inputs.x.grad[others].isfinite().all() and inputs.weights.grad[others].isfinite().all()
+    spared = torch.ones(8, dtype=torch.bool, device=device)
+    spared[experts[9].long()] = False
+    for grad in (inputs.gate_up_proj.grad, inputs.down_proj.grad):
+        assert grad[spared].isfinite().all() and not grad[~spared].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bad_expert_without_rows_does_no_harm(device, dtype):
+    experts, weights = routed(140, 4, 2, device)
+    inputs = layer(140, 64, 40, 6, device, dtype, weights, bias=True)
+    with torch.no_grad():
+        for t in inputs[1:5]:
+            t[4:] = torch.nan
+    y = inputs.run(moe.plan(experts, 6))
+    y.sum().backward()
+    assert y.isfinite().all() and all(g.isfinite().all() for g in inputs.grads().values())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_less_exact_than_eager_code(device, dtype, bias):
+    experts, weights = routed(400, 6, 2, device, skew=1.0)
+    plan = moe.plan(experts, 6)
+    inputs = layer(400, 136, 264, 6, device, dtype, weights, bias=bias)
+    eager, exact = inputs.to(dtype), inputs.to(torch.float64)
+    upstream = torch.randn(400, 136, device=device).to(dtype)
+    results = []
+    for leaves, y in (
+        (inputs, inputs.run(plan)),
+        (eager, eager.expected(plan)),
+        (exact, exact.expected(plan)),
+    ):
+        y.backward(upstream.to(y.dtype))
+        results.append({"y": y.detach(), **leaves.grads()})
+    for name, wanted in results[2].items():
+        ours, theirs = ((r[name].double() - wanted).norm() / wanted.norm() for r in results[:2])
+        assert ours <= 1.05 * theirs, f"{name}: {ours:.3g}, eager {theirs:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_recomputing_gives_the_same_bits_and_keeps_no_rows(device, dtype, activation):
+    experts, weights = routed(200, 5, 2, device, skew=2.0)
+    plan = moe.plan(experts, 5, capacity=150)
+    n_rows = plan.row_token.numel()
+    inputs = layer(200, 136, 72, 5, device, dtype, weights, activation=activation, bias=True)
+    grads, kept = [], []
+    for recompute in (False, True):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, shapes=shapes: shapes.append(t.shape) or t, lambda t: t
+        ):
+            y = inputs.run(plan, activation, recompute=recompute)
+        leaves = list(inputs.given().values())
+        grads.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
+        kept.append(any(len(s) == 2 and s[0] == n_rows for s in shapes))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert kept == [True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
+def test_gradients_into_sums(device, dtype, which):
+    plan, weights = ragged_plan([40, 0, 130, 3], device)
+    inputs = layer(173, 40, 72, 4, device, dtype, weights, bias=True)
+    exact = inputs.to(torch.float64)
+    sums = [torch.randn(t.shape, device=device) for t in inputs[1:3]]
+    sums = [total if w else None for total, w in zip(sums, which, strict=True)]
+    before = [None if s is None else s.clone() for s in sums]
+    upstream = torch.randn(173, 40, device=device).to(dtype)
+    y = inputs.run(plan, main_grads=tuple(sums))
+    for _ in range(2):
+        y.backward(upstream, retain_graph=True)
+    exact.expected(plan).backward(upstream.double() * 2)
+    for name, total, old in zip(("gate_up_proj", "down_proj"), sums, before, strict=True):
+        wanted = getattr(exact, name).grad
+        if total is None:
+            near(name, getattr(inputs, name).grad, wanted, dtype)
+        else:
+            assert getattr(inputs, name).grad is None
+            near(name, total.double() - old, wanted, dtype)
+            assert torch.equal(total[1], old[1])  # the expert without rows
+    for name in ("x", "gate_up_bias", "down_bias", "weights"):
+        near(name, getattr(inputs, name).grad, getattr(exact, name).grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_inputs(device, dtype, recompute):
+    """Each gradient is the same whichever others are wanted."""
+    experts, weights = routed(60, 5, 2, device)
+    plan = moe.plan(experts, 5)
+    inputs = layer(60, 40, 24, 5, device, dtype, weights, bias=True)
+    inputs.run(plan).sum().backward()
+    everything = inputs.grads()
+    names = list(everything)
+    for wanted in (*([n] for n in names), names[:3], names[1:3], ["x", "weights"]):
+        for name, t in inputs.given().items():
+            t.requires_grad_(name in wanted)
+            t.grad = None
+        inputs.run(plan, recompute=recompute).sum().backward()
+        for name, grad in inputs.grads().items():
+            assert (grad is not None) == (name in wanted), name
+            assert grad is None or torch.equal(grad, everything[name]), name
+
+
+def test_nothing_is_kept_without_gradient(device):
+    experts, weights = routed(30, 5, 2, device)
+    inputs = layer(30, 16, 8, 5, device, torch.float32, weights)
+    with torch.no_grad():
+        assert not inputs.run(moe.plan(experts, 5)).requires_grad
+    with torch.inference_mode():
+        inputs.run(moe.plan(experts, 5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_inputs(device, dtype):
+    experts, weights = routed(40, 5, 2, device)
+    plan = moe.plan(experts, 5)
+    plain = layer(40, 24, 16, 5, device, dtype, weights, bias=True)
+    x = torch.stack([plain.x.detach(), plain.x.detach()], 1).flatten(1)[:, :24]
+    up, down = (t.detach().mT.contiguous().mT for t in plain[1:3])
+    up_bias, down_bias = (t.detach().T.contiguous().T for t in plain[3:5])
+    strided = Inputs(x, up, down, up_bias, down_bias, weights.detach().T.contiguous().T)
+    assert not any(t.is_contiguous() for t in strided)
+    strided = strided.differentiable()
+    y, y_plain = strided.run(plan), plain.run(plan)
+    near("y", y, y_plain, dtype)
+    upstream = torch.randn(24, 40, device=device).to(dtype).T
+    y.backward(upstream)
+    y_plain.backward(upstream.contiguous())
+    for name, grad in strided.grads().items():
+        near(name, grad, plain.grads()[name], dtype)
+    sliced = Inputs(plain.x[:, 1:22], plain.gate_up_proj[:, :, 3:], *plain[2:])
+    sliced = sliced._replace(down_proj=plain.down_proj[:, :21], down_bias=plain.down_bias[:, :21])
+    near("y", sliced.run(plan), sliced.to(torch.float64).expected(plan), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expanded_gradients_and_two_backward_passes(device, dtype):
+    experts, weights = routed(40, 5, 2, device)
+    plan = moe.plan(experts, 5)
+    inputs = layer(40, 24, 16, 5, device, dtype, weights, bias=True)
+    y = inputs.run(plan)
+    y.sum().backward(retain_graph=True)
+    first = {name: grad.clone() for name, grad in inputs.grads().items()}
+    y.backward(torch.ones_like(y))
+    assert all(torch.equal(grad, 2 * first[name]) for name, grad in inputs.grads().items())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", moe.ACTIVATIONS)
+def test_gradient_in_float64(activation, recompute):
     experts, weights = routed(6, 3, 2, "cpu")
-    plan = moe.plan(experts, 3, capacity=3)
-    weights = weights.double().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x, up, down, w: moe.experts(x, up, down, plan, w), (*inputs, weights)
-    )
+    chosen = torch.tensor([[0, 2, 2], [-1, 5, 1], [-1, -1, -1]], dtype=torch.int32)
+    for plan, w in (
+        (moe.plan(experts, 3, capacity=3), weights),
+        (moe.plan_from_tokens(chosen, 6), torch.rand(3, 3)),
+    ):
+        inputs = layer(6, 4, 3, 3, "cpu", torch.float64, w, activation=activation, bias=True)
+        assert torch.autograd.gradcheck(
+            lambda *t, p=plan: Inputs(*t).run(p, activation, recompute=recompute), tuple(inputs)
+        )
 
 
-def test_unused_rows_are_zero_on_the_cpu():
-    """Deterministic mode fills new memory with NaN."""
-    offsets = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
-    x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(3, 6, 4, requires_grad=True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        y = moe.grouped_linear(x, weight, offsets)
-        grads = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert (y[3:] == 0).all() and (grads[0][3:] == 0).all()
-    assert (grads[1][1] == 0).all() and all(g.isfinite().all() for g in grads)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_unset_memory_is_read(device, dtype, recompute):
+    experts, weights = routed(40, 5, 2, device)
+    experts[:20] = -1
+    plan = moe.plan(experts, 8, capacity=9)
+    for hidden, inner in ((24, 16), (136, 264)):
+        inputs = layer(40, hidden, inner, 8, device, dtype, weights, bias=True)
+        check(inputs, plan, poisoned=True, recompute=recompute)
+
+
+def test_a_row_out_of_range_is_none(device):
+    """In a plan that was not made by plan(): nothing is read or written out of bounds."""
+    plan = moe.plan(torch.tensor([[0], [1], [1]], dtype=torch.int32, device=device), 2)
+    inputs = layer(3, 8, 8, 2, device, torch.float32, torch.rand(3, 1, device=device))
+    expected = inputs.run(plan).detach()
+    big = 2**30
+    plan.row_token[2], plan.row_pair[2], plan.token_rows[2, 0] = big, big, big
+    y = inputs.run(plan)
+    assert torch.equal(y[:2], expected[:2]) and (y[2] == 0).all()
+    y.sum().backward()
+    assert all(g.isfinite().all() for g in inputs.grads().values())
+    assert (inputs.x.grad[2] == 0).all() and inputs.weights.grad[2] == 0

@@ -9,6 +9,11 @@ from tests.ops.moe_cases import routed
 OPS = torch.ops.sparsemoe
 
 
+def sliced(plan):
+    """The tensors that experts takes."""
+    return plan.offsets, *plan[2:]
+
+
 def calls(device):
     """name -> (op, arguments) with tensors that require grad where they may."""
     logits = torch.randn(20, 12, device=device, requires_grad=True)
@@ -23,7 +28,17 @@ def calls(device):
     few = torch.randn(36, 16, device=device, requires_grad=True)
     many = torch.randn(96, 16, device=device, requires_grad=True)
     w = weights.clone().requires_grad_()
-    stack = torch.randn(12, 8, 16, device=device, requires_grad=True)
+    stack = torch.randn(12, 16, 8, device=device, requires_grad=True)
+    by_column = torch.randn(12, 8, 16, device=device).mT.requires_grad_()
+    up, down = (
+        torch.randn(12, *size, device=device, requires_grad=True) for size in ((24, 16), (16, 12))
+    )
+    up_bias, down_bias = (torch.randn(12, n, device=device, requires_grad=True) for n in (24, 16))
+    biases, no_biases = (up_bias, down_bias), (None, None)
+    y_grad = torch.randn(20, 16, device=device)
+    fixed_layer = [t.detach() for t in (x, up, down, up_bias, down_bias, w)]
+    pre = torch.randn(60, 24, device=device)
+    sums = [torch.zeros(t.shape, device=device) for t in (up, down)]
     lse = torch.randn(20, device=device, requires_grad=True)
     bias = torch.randn(12, device=device)
     fixed = torch.zeros(12, device=device)
@@ -44,7 +59,49 @@ def calls(device):
         "combine, no weights": (OPS.combine, (rows, None, *plan[2:])),
         "combine, capacity": (OPS.combine, (few, w, *capped[2:])),
         "combine, expert choice": (OPS.combine, (many, chosen.weights.detach(), *by_token[2:])),
-        "grouped_linear": (OPS.grouped_linear, (rows, stack, plan.offsets)),
+        "experts": (OPS.experts, (x, up, down, *no_biases, w, *sliced(plan), "swiglu", True)),
+        "experts, biases": (
+            OPS.experts,
+            (x, up, down, *biases, w, *sliced(plan), "geglu", True),
+        ),
+        "experts, nothing kept": (
+            OPS.experts,
+            (x, up, down, *biases, None, *sliced(capped), "swiglu", False),
+        ),
+        "experts, expert choice": (
+            OPS.experts,
+            (x, up, down, *biases, chosen.weights.detach(), *sliced(by_token), "swiglu", True),
+        ),
+        "experts_backward": (
+            OPS.experts_backward,
+            (y_grad, *fixed_layer, *sliced(plan), "swiglu", pre, True, True, True, None, None),
+        ),
+        "experts_backward, into sums": (
+            OPS.experts_backward,
+            (y_grad, *fixed_layer, *sliced(plan), "swiglu", pre, True, True, True, *sums),
+        ),
+        "experts_backward, in part": (
+            OPS.experts_backward,
+            (
+                y_grad,
+                *fixed_layer,
+                *sliced(plan),
+                "swiglu",
+                pre[0, :0],
+                False,
+                True,
+                False,
+                None,
+                None,
+            ),
+        ),
+        "grouped_mm": (OPS.grouped_mm, (rows, stack, plan.offsets)),
+        "grouped_mm, by column": (OPS.grouped_mm, (rows, by_column, plan.offsets)),
+        "grouped_mm_backward_b": (OPS.grouped_mm_backward_b, (rows, rows, plan.offsets, False)),
+        "grouped_mm_backward_b, by column": (
+            OPS.grouped_mm_backward_b,
+            (rows, many[:60, :8].detach(), plan.offsets, True),
+        ),
         "load_balance_loss": (OPS.load_balance_loss, (logits, plan.counts, mask)),
         "router_z_loss": (OPS.router_z_loss, (lse, mask)),
         "update_expert_bias_": (OPS.update_expert_bias_, (fixed, plan.counts, 0.1)),
@@ -116,6 +173,19 @@ def by_expert_choice(x, router, up, down, capacity):
     return moe.experts(x, up, down, plan, chosen.weights), logits.mean()
 
 
+def with_all_options(x, router, up, down, capacity):
+    """Biases, a recomputed first projection, and a product of one's own."""
+    weights, experts, logsumexp = moe.gate(x.float() @ router, 2, scoring="sigmoid")
+    plan = moe.plan(experts, 8, capacity=capacity)
+    biases = {"gate_up_bias": up[:, :, 0], "down_bias": down[:, :, 0]}
+    y = moe.experts(x, up, down, plan, weights, "geglu", recompute=True, **biases)
+    rows = moe.grouped_mm(moe.dispatch(x, plan), down.mT, plan.offsets)
+    return y + moe.combine(rows, plan, weights), moe.router_z_loss(logsumexp)
+
+
+FUNCTIONS = [whole_layer, by_expert_choice, with_all_options]
+
+
 def layer_inputs(device, n_tokens=32, dtype=torch.bfloat16):
     x = torch.randn(n_tokens, 16, device=device, dtype=dtype)
     router = torch.randn(16, 8, device=device)
@@ -124,7 +194,7 @@ def layer_inputs(device, n_tokens=32, dtype=torch.bfloat16):
     return [t.requires_grad_() for t in (x, router, up, down)]
 
 
-@pytest.mark.parametrize("function", [whole_layer, by_expert_choice])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("capacity", [None, 6])
 def test_compile_without_a_graph_break(device, function, capacity):
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
@@ -141,7 +211,25 @@ def test_compile_without_a_graph_break(device, function, capacity):
             assert (a - b).norm() <= 3e-2 * b.norm() + 1e-6
 
 
-@pytest.mark.parametrize("function", [whole_layer, by_expert_choice])
+def test_compile_with_gradients_into_sums(device):
+    x, router, up, down = layer_inputs(device)
+    experts = (x @ router.to(x)).topk(2).indices.int()
+    totals = []
+    for compiled in (False, True):
+        sums = torch.zeros(up.shape, device=device), torch.zeros(down.shape, device=device)
+
+        def loss(x, up, down, experts, sums):
+            y = moe.experts(x, up, down, moe.plan(experts, 8), main_grads=sums)
+            return y.float().square().sum()
+
+        run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+        run(x, up, down, experts, sums).backward()
+        assert up.grad is None and down.grad is None
+        totals.append(sums)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*totals, strict=True))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_export(device, function):
     class Layer(torch.nn.Module):
         def forward(self, x, router, up, down):
@@ -166,6 +254,14 @@ def test_autocast(device):
         chosen = moe.expert_choice(logits, 4)
         assert chosen.weights.dtype == torch.float32
         assert moe.router_z_loss(gated.logsumexp).dtype == torch.float32
+        biases = {"gate_up_bias": up[:, :, 0], "down_bias": down[:, :, 0]}
+        plan = moe.plan(gated.experts, 8)
+        assert moe.experts(x, up, down, plan, **biases).dtype == torch.bfloat16
+        product = moe.grouped_mm(moe.dispatch(x, plan), down.mT, plan.offsets)
+        assert product.dtype == torch.bfloat16
+        wide = [t.detach().cpu().double() for t in (x, up, down)]
+        host_plan = type(plan)(*(None if t is None else t.cpu() for t in plan))
+        assert moe.experts(*wide, host_plan).dtype == torch.float64
     y.float().sum().backward()
     assert x.grad.dtype == up.grad.dtype == torch.float32
 
@@ -174,7 +270,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 @needs_gpu
-@pytest.mark.parametrize("function", [whole_layer, by_expert_choice])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("capacity", [None, 6])
 def test_a_training_step_in_a_cuda_graph(function, capacity):
     inputs = layer_inputs("cuda")
@@ -208,7 +304,7 @@ def test_a_training_step_in_a_cuda_graph(function, capacity):
 
 
 @needs_gpu
-@pytest.mark.parametrize("function", [whole_layer, by_expert_choice])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_no_host_sync(function):
     inputs = layer_inputs("cuda")
     bias = torch.zeros(8, device="cuda")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -12,10 +11,12 @@ from ..reference.moe import activate
 from ..types import Plan
 
 
-def _init_uniform(weight: Tensor) -> None:
+def _init_uniform(weight: Tensor, bias: Tensor | None) -> None:
     """torch.nn.Linear's initialisation, for a stack of matrices [..., out, in]."""
     bound = weight.shape[-1] ** -0.5
     nn.init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        nn.init.uniform_(bias, -bound, bound)
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -32,11 +33,18 @@ class Experts(nn.Module):
         hidden_size: H.
         intermediate_size: F.
         activation: "swiglu", "geglu", "relu2", "silu" or "gelu".
+        bias: whether both projections add one.
+        recompute: in the backward pass run the first projection again rather than keep what it
+            gave, which is the most of a layer's memory.
 
     Attributes:
         gate_up_proj: [E, 2F, H], the gate's rows first; [E, F, H] for an activation without gate.
         down_proj: [E, H, F].
+        gate_up_proj_bias, down_proj_bias: [E, 2F] or [E, F], and [E, H]; None without bias.
     """
+
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -44,6 +52,8 @@ class Experts(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         activation: str = "swiglu",
+        bias: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(
@@ -54,22 +64,37 @@ class Experts(nn.Module):
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
         self.activation = activation
+        self.recompute = recompute
         width = ACTIVATIONS[activation] * intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        for name, size in (("gate_up_proj_bias", width), ("down_proj_bias", hidden_size)):
+            parameter = nn.Parameter(torch.empty(num_experts, size)) if bias else None
+            self.register_parameter(name, parameter)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        _init_uniform(self.gate_up_proj)
-        _init_uniform(self.down_proj)
+        _init_uniform(self.gate_up_proj, self.gate_up_proj_bias)
+        _init_uniform(self.down_proj, self.down_proj_bias)
 
     def forward(self, x: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
         """x [T, H] -> y [T, H]; see :func:`sparsemoe.ops.moe.experts`."""
-        return ops.moe.experts(x, self.gate_up_proj, self.down_proj, plan, weights, self.activation)
+        return ops.moe.experts(
+            x,
+            self.gate_up_proj,
+            self.down_proj,
+            plan,
+            weights,
+            self.activation,
+            gate_up_bias=self.gate_up_proj_bias,
+            down_bias=self.down_proj_bias,
+            recompute=self.recompute,
+        )
 
     def extra_repr(self) -> str:
         n, hidden, inner = self.down_proj.shape
-        return f"{n}, {hidden}, {inner}, activation={self.activation!r}"
+        bias = self.down_proj_bias is not None
+        return f"{n}, {hidden}, {inner}, activation={self.activation!r}, bias={bias}"
 
 
 class SharedExperts(nn.Module):
@@ -103,6 +128,4 @@ class RouterLinear(nn.Linear):
         super().__init__(hidden_size, num_experts, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+        return ops.moe.router_linear(x, self.weight)

@@ -46,6 +46,7 @@ class MoE(nn.Module):
         capacity_factor: None (no pair is dropped) or as in :class:`TopKRouter`.
         drop_policy: "order" or "weight".
         num_shared_experts: experts that every token passes.
+        bias, recompute: of the routed experts, as in :class:`Experts`.
         jitter: noise on the router's input in training.
         **router_options: further arguments of the router.
 
@@ -67,6 +68,8 @@ class MoE(nn.Module):
         capacity_factor: float | None = None,
         drop_policy: str = "order",
         num_shared_experts: int = 0,
+        bias: bool = False,
+        recompute: bool = False,
         jitter: float = 0.0,
         **router_options: Any,
     ) -> None:
@@ -93,7 +96,9 @@ class MoE(nn.Module):
         else:
             raise ValueError(f"router must be 'topk', 'expert_choice' or a module, got {router!r}")
         self.hidden_size = hidden_size
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, activation)
+        self.experts = Experts(
+            num_experts, hidden_size, intermediate_size, activation, bias, recompute
+        )
         self.shared_experts = (
             SharedExperts(num_shared_experts, hidden_size, intermediate_size, activation)
             if num_shared_experts

@@ -3,10 +3,10 @@
 Symbols: T tokens, H model width, E experts (at most 1024), k experts a token (at most 32), R rows,
 F expert width. Reals are float32, bfloat16 or float16, and float64 on the CPU; sums are float32
 (float64 for float64). Index tensors are int32. Every function works on the CPU and on CUDA, gives
-the same bits on every run, never waits for the device (but where it says so), and raises
-RuntimeError with the argument's name when an argument does not fit.
+the same bits on every run, never waits for the device, and raises RuntimeError (ValueError where
+Python checks) with the argument's name when an argument does not fit.
 
-    logits = x @ router_weight.T
+    logits = router_linear(x, router_weight)
     weights, experts, logsumexp = gate(logits, top_k=2, renormalize=True)
     p = plan(experts, num_experts=logits.shape[1])
     y = combine(my_experts(dispatch(x, p), p.offsets), p, weights)
@@ -14,13 +14,15 @@ RuntimeError with the argument's name when an argument does not fit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _library  # noqa: F401  (loads the operators)
-from ..reference.moe import activate
 from ..types import ExpertChoice, Gate, Plan
-from . import _grouped_linear, _moe_autograd  # noqa: F401  (register implementations)
+from . import _moe_autograd, _router_linear  # noqa: F401  (register implementations)
+from ._experts_autograd import ExpertsIntoSums
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,10 +31,11 @@ __all__ = [
     "expert_choice",
     "experts",
     "gate",
-    "grouped_linear",
+    "grouped_mm",
     "load_balance_loss",
     "plan",
     "plan_from_tokens",
+    "router_linear",
     "router_z_loss",
     "update_expert_bias_",
 ]
@@ -41,6 +44,23 @@ _ops = torch.ops.sparsemoe
 
 # Name -> columns of the first projection for each column of the second.
 ACTIVATIONS = {"swiglu": 2, "geglu": 2, "relu2": 1, "silu": 1, "gelu": 1}
+
+
+def router_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """logits = x @ weight.T in float32, also under autocast (float64 where either is).
+
+    On a GPU, for x in bfloat16, by the tensor cores: the weight is the exact sum of three bfloat16
+    tensors, so that only the order of the sum differs from a product in float32. Gradients are sums
+    of products whose factors are exact to 2^-16.
+
+    Args:
+        x: [T, H].
+        weight: [E, H].
+
+    Returns:
+        [T, E], differentiable in both.
+    """
+    return _ops.router_linear.default(x, weight)
 
 
 def gate(
@@ -190,21 +210,34 @@ def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     )
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """y[r] = weight[e] @ x[r] for the rows of expert e, offsets[e] <= r < offsets[e+1].
+def _autocast(*tensors: Any) -> Any:
+    """The tensors as autocast wants a product's, float64 as it is; None stays None."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
-    One launch without host sync in bfloat16 on compute capability 9.0 or later (sizes in
-    multiples of 8); elsewhere one matrix product an expert, on a GPU with a host sync.
+
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """y[r] = a[r] @ b[e] for the rows of expert e, offsets[e] <= r < offsets[e+1].
+
+    For experts of one's own: `grouped_mm(rows, weight.mT, plan.offsets)` is a linear layer an
+    expert with weight [E, out, in].
 
     Args:
-        x: [R, K].
-        weight: [E, N, K] of x's dtype.
-        offsets: [E+1] int32. What rows past the last offset become is not specified.
+        a: [R, K].
+        b: [E, K, N] of a's dtype. Taken as it is where one of its last two dimensions is dense,
+            else copied.
+        offsets: [E+1] int32, ascending from 0 to at most R; other values are refused on the CPU
+            and clamped on a GPU.
 
     Returns:
-        [R, N]. Differentiable in x and weight.
+        [R, N], zero past the last offset. Sums are float32. Differentiable in a and b, twice. Under
+        autocast both are cast to autocast's dtype.
     """
-    return _ops.grouped_linear.default(x, weight, offsets)
+    a, b = _autocast(a, b)
+    return _ops.grouped_mm.default(a, b, offsets)
 
 
 def experts(
@@ -214,8 +247,16 @@ def experts(
     plan: Plan,
     weights: Tensor | None = None,
     activation: str = "swiglu",
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    recompute: bool = False,
+    main_grads: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> Tensor:
-    """Send each token through its experts and sum their answers by weight.
+    """Send each token through its experts and sum their answers by weight, in float32.
+
+        y[t] = sum over t's rows of weight * (down_proj[e] @ h + down_bias[e])
+        h = activation(gate_up_proj[e] @ x[t] + gate_up_bias[e])
 
     Args:
         x: [T, H].
@@ -224,28 +265,52 @@ def experts(
         plan: from :func:`plan` or :func:`plan_from_tokens`.
         weights: one a pair, shaped as the choice gave them; None: ones.
         activation: "swiglu", "geglu", "relu2", "silu" or "gelu".
+        gate_up_bias: [E, 2F] or [E, F], added before the activation.
+        down_bias: [E, H], added before the weighting.
+        recompute: keep only x for the backward pass, not the R rows that the first projection
+            gives: it runs again instead.
+        main_grads: float32 sums [E, 2F, H] and [E, H, F], contiguous, either of them None. The
+            backward pass adds the projection's gradient to its sum, and autograd gets none
+            (Megatron's main_grad).
 
     Returns:
-        y [T, H]. Differentiable in x, both projections and the weights. Under autocast the
-        matrix products run in autocast's dtype. Host sync: see :func:`grouped_linear`.
+        y [T, H]. Differentiable in x, the projections, the biases and the weights. Under autocast
+        all but the weights are cast to autocast's dtype.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    n_experts, width, hidden = gate_up_proj.shape
-    inner = width // ACTIVATIONS[activation]
-    if x.dim() != 2 or x.shape[1] != hidden:
-        raise ValueError(f"x must have shape [tokens, {hidden}], got {list(x.shape)}")
-    if tuple(down_proj.shape) != (n_experts, hidden, inner):
-        raise ValueError(
-            f"down_proj must have shape {[n_experts, hidden, inner]} beside gate_up_proj"
-            f" {list(gate_up_proj.shape)}, got {list(down_proj.shape)}"
-        )
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, gate_up_proj, down_proj = x.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
-    rows = dispatch(x, plan)
-    hidden_rows = activate(grouped_linear(rows, gate_up_proj, plan.offsets), activation)
-    return combine(grouped_linear(hidden_rows, down_proj, plan.offsets), plan, weights)
+    reals = _autocast(x, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    if weights is not None:
+        weights = weights.to(torch.float64 if reals[0].dtype == torch.float64 else torch.float32)
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*reals, weights)
+    )
+    inputs = (
+        *reals,
+        weights,
+        plan.offsets,
+        plan.row_token,
+        plan.row_pair,
+        plan.token_rows,
+        plan.token_offsets,
+        activation,
+        differentiable and not recompute,
+    )
+    if main_grads is None:
+        return _ops.experts.default(*inputs)[0]
+    for index, (total, of) in enumerate(zip(main_grads, (gate_up_proj, down_proj), strict=True)):
+        if total is not None and (
+            total.dtype != torch.float32
+            or total.shape != of.shape
+            or total.device != of.device
+            or not total.is_contiguous()
+        ):
+            raise ValueError(
+                f"main_grads[{index}] must be a contiguous float32 tensor of shape"
+                f" {list(of.shape)} on {of.device}, got {total.dtype} {list(total.shape)} with"
+                f" strides {total.stride()} on {total.device}"
+            )
+    return ExpertsIntoSums.apply(main_grads, *inputs)
 
 
 def load_balance_loss(logits: Tensor, counts: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -27,6 +27,12 @@ def _largest(values: Tensor, count: int) -> Tensor:
     return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :count]
 
 
+def router_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """logits = x @ weight.T, in float32 or wider."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    return x.to(dtype) @ weight.to(dtype).T
+
+
 def gate(
     logits: Tensor,
     top_k: int,
@@ -213,12 +219,12 @@ def combine(rows: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     return y.index_add(0, plan.row_token[used].long(), values).to(rows.dtype)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """y[r] = weight[e] @ x[r] for the rows r of expert e: offsets[e] <= r < offsets[e+1]; zero past
-    the last offset."""
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """y[r] = a[r] @ b[e] for the rows r of expert e: offsets[e] <= r < offsets[e+1]; zero past the
+    last offset."""
     bounds = offsets.tolist()
-    parts = [x[a:b] @ weight[e].T for e, (a, b) in enumerate(pairwise(bounds))]
-    parts.append(x.new_zeros(len(x) - bounds[-1], weight.shape[1]))
+    parts = [a[start:stop] @ b[e] for e, (start, stop) in enumerate(pairwise(bounds))]
+    parts.append(a.new_zeros(len(a) - bounds[-1], b.shape[2]))
     return torch.cat(parts)
 
 
@@ -240,10 +246,21 @@ def experts(
     plan: Plan,
     weights: Tensor | None = None,
     activation: str = "swiglu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """Each token through its experts, summed by weight."""
-    hidden = activate(grouped_linear(dispatch(x, plan), gate_up_proj, plan.offsets), activation)
-    return combine(grouped_linear(hidden, down_proj, plan.offsets), plan, weights)
+    offsets = plan.offsets
+
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = grouped_mm(rows, weight.mT, offsets)
+        if bias is None:
+            return y
+        of_row = bias.repeat_interleave(offsets.diff(), 0)
+        return y + F.pad(of_row, (0, 0, 0, len(y) - len(of_row)))
+
+    hidden = activate(linear(dispatch(x, plan), gate_up_proj, gate_up_bias), activation)
+    return combine(linear(hidden, down_proj, down_bias), plan, weights)
 
 
 def load_balance_loss(logits: Tensor, counts: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,0 +1,118 @@
+// Which kernel takes a matrix product of the experts: Hopper's, where the GPU, the element type and
+// the alignment allow it, else the portable one.
+#include <cstdlib>
+#include <cstring>
+
+#include "common/cuda.cuh"
+#include "moe/experts_hopper.h"
+
+namespace sparsemoe {
+namespace {
+
+// SPARSEMOE_KERNELS=portable leaves Hopper's kernels out.
+bool on_hopper() {
+#ifdef SPARSEMOE_SM_90A
+  const char* kernels = std::getenv("SPARSEMOE_KERNELS");
+  if (kernels && std::strcmp(kernels, "portable") == 0) return false;
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major == 9;
+#else
+  return false;
+#endif
+}
+
+// Rows of 16-byte chunks, which the TMA and 16-byte copies need, and few enough for their indices.
+bool whole_chunks(int64_t width, int64_t stride, const void* data) {
+  return width > 0 && width % 8 == 0 && stride % 8 == 0 && uintptr_t(data) % 16 == 0;
+}
+bool takes(const Rows& rows, int64_t width) {
+  return whole_chunks(width, rows.stride, rows.data) && rows.stride >= width &&
+         rows.n * (rows.stride / 8) < (int64_t(1) << 32) - 1;
+}
+
+constexpr int64_t kIndices = int64_t(1) << 31;
+bool takes(const ExpertRows& experts, int64_t columns) {
+  return (experts.n_rows / 256 + experts.n_experts) * (columns / 128 + 1) < kIndices;
+}
+
+template <class F>
+int with_half(DType dtype, F f) {
+  return dtype == DType::bf16 ? f(static_cast<__nv_bfloat16*>(nullptr))
+                              : f(static_cast<__half*>(nullptr));
+}
+bool is_half(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+
+__global__ void clear_tail_kernel(const int32_t* end, int64_t n_rows, int64_t row_bytes,
+                                  char* rows) {
+  const int64_t first = min(int64_t(max(*end, 0)), n_rows) * row_bytes, last = n_rows * row_bytes;
+  for (int64_t i = first + 2 * (blockIdx.x * int64_t(blockDim.x) + threadIdx.x); i < last;
+       i += 2 * int64_t(gridDim.x) * blockDim.x) {
+    *reinterpret_cast<uint16_t*>(rows + i) = 0;
+  }
+}
+
+}  // namespace
+
+int rows_product_cuda(const RowsProductParams& p, void* stream) {
+  if (p.n == 0 || p.experts.n_rows == 0) return 0;
+  const int64_t width = p.n / columns_per_hidden(p.activation);
+  const bool gathers = p.a.index != nullptr, gated = width != p.n;
+  if (!is_half(p.dtype) || !takes(p.a, p.k) || !takes(p.experts, p.n) ||
+      !whole_chunks(width, p.b_stride, p.b) || p.b_expert_stride % 8 != 0 ||
+      !whole_chunks(width, p.out_stride, p.out) || (p.pre && !whole_chunks(width, p.n, p.pre)) ||
+      (p.b_by_column ? p.b_stride < p.k : p.b_stride < p.n) || (gathers && !p.b_by_column) ||
+      (!gathers && p.activation != Activation::none) || !on_hopper()) {
+    return rows_product_portable(p, stream);
+  }
+  return with_half(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (gated) return hopper::rows_product_launch<T, true, true, true>(p, stream);
+    if (gathers) return hopper::rows_product_launch<T, true, true, false>(p, stream);
+    return p.b_by_column ? hopper::rows_product_launch<T, false, true, false>(p, stream)
+                         : hopper::rows_product_launch<T, false, false, false>(p, stream);
+  });
+}
+
+int hidden_backward_cuda(const HiddenBackwardParams& p, void* stream) {
+  if (p.f == 0 || p.experts.n_rows == 0) return 0;
+  if (!is_half(p.dtype) || !takes(p.grad, p.h) || !takes(p.experts, p.f) ||
+      !whole_chunks(p.f, p.f, p.down) || uintptr_t(p.pre) % 16 || uintptr_t(p.grad_pre) % 16 ||
+      uintptr_t(p.hidden) % 16 || !on_hopper()) {
+    return hidden_backward_portable(p, stream);
+  }
+  return with_half(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return columns_per_hidden(p.activation) == 2
+               ? hopper::hidden_backward_launch<T, true>(p, stream)
+               : hopper::hidden_backward_launch<T, false>(p, stream);
+  });
+}
+
+int weight_grad_cuda(const WeightGradParams& p, void* stream) {
+  if (p.m == 0 || p.n == 0 || p.experts.n_experts == 0) return 0;
+  const bool gathers_a = p.a.index != nullptr, gathers_b = p.b.index != nullptr;
+  const int64_t tiles = p.experts.n_experts * (p.m / 128 + 1) * (p.n / 128 + 1);
+  if (!is_half(p.dtype) || !takes(p.a, p.m) || !takes(p.b, p.n) || tiles >= kIndices ||
+      uintptr_t(p.out) % 16 || (gathers_a && gathers_b) || p.experts.n_rows == 0 || !on_hopper()) {
+    return weight_grad_portable(p, stream);
+  }
+  return with_half(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (gathers_a) return hopper::weight_grad_launch<T, true, false>(p, stream);
+    return gathers_b ? hopper::weight_grad_launch<T, true, true>(p, stream)
+                     : hopper::weight_grad_launch<T, false, false>(p, stream);
+  });
+}
+
+int clear_tail_cuda(const ClearTailParams& p, void* stream) {
+  const int64_t bytes = p.n_rows * p.row_bytes;
+  if (bytes == 0) return 0;
+  const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(bytes, 2 * 256), 264));
+  clear_tail_kernel<<<blocks, 256, 0, cudaStream_t(stream)>>>(p.end, p.n_rows, p.row_bytes,
+                                                              static_cast<char*>(p.rows));
+  return int(cudaGetLastError());
+}
+
+}  // namespace sparsemoe

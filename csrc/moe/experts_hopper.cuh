@@ -1,0 +1,313 @@
+// What the expert kernels for Hopper share: the tile, its pipeline through shared memory, the order
+// of the tiles, and how results leave.
+//
+// A block has three warpgroups. The first keeps stages of both operands coming: by the TMA, or by
+// 16-byte copies where rows are gathered by index. The other two multiply, 64 rows of the tile
+// each, and store their results; they never wait for each other, so that one stores while the other
+// multiplies. Two blocks make a cluster, whose tiles lie one above the other: each loads half of
+// the b that both need. Clusters are persistent: each takes every n-th pair of tiles.
+#pragma once
+
+#include "common/hopper.cuh"
+#include "common/tensor_map.h"
+#include "moe/experts_hopper.h"
+
+namespace sparsemoe {
+namespace hopper {
+
+constexpr int kTileM = 128, kTileN = 256, kTileK = 64;
+constexpr int kThreads = 384;
+constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;  // of a thread
+constexpr int kBoxElements = 64 * kBoxWidth, kBoxBytes = 2 * kBoxElements;
+constexpr uint32_t kBytesA = 2 * kTileM * kTileK, kBytesB = 2 * kTileN * kTileK;
+
+// Pairs of tiles are taken in groups of kGroupM x n_tiles, so that what they share stays in the L2.
+constexpr int kPairM = 2 * kTileM;
+constexpr int kGroupM = 8;
+
+template <int kStages_, int kBoxes>
+struct Shared {
+  static constexpr int kStages = kStages_;
+  uint16_t a[kStages][kTileM * kTileK];
+  uint16_t b[kStages][kTileN * kTileK];
+  uint16_t boxes[2][kBoxes][kBoxElements];  // of each multiplying warpgroup
+  uint64_t full[kStages], empty[kStages];
+};
+using SharedForStores = Shared<4, 2>;
+
+template <class S>
+__device__ S& shared() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return *reinterpret_cast<S*>(memory);
+}
+
+// A place in a ring of N buffers.
+template <int N>
+struct Place {
+  int index = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++index == N) index = 0, phase ^= 1;
+  }
+};
+
+// `copying` threads fill a stage by copies, besides the one that starts the TMA.
+template <class S>
+__device__ void begin(S& s, int copying) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      barrier_init(&s.full[i], 1 + copying);
+      barrier_init(&s.empty[i], 16);  // the multiplying warps of the cluster
+    }
+    barriers_ready();
+  }
+  cluster_sync();
+}
+
+// --- the order of the tiles ---
+
+struct Tile {
+  int expert, first_row, n_rows;  // n_rows 0 to kTileM; with WeightTiles, of the whole expert
+  int m, n;                       // indices of the pair
+};
+
+// Place `i` of an expert's m_pairs * n_tiles.
+__device__ inline void place_tile(Tile& tile, int i, int m_pairs, int n_tiles) {
+  const int group = i / (kGroupM * n_tiles);
+  const int in_group = i - group * kGroupM * n_tiles;
+  const int height = min(kGroupM, m_pairs - group * kGroupM);
+  tile.n = in_group / height;
+  tile.m = group * kGroupM + in_group - tile.n * height;
+}
+
+__device__ inline int offset_of(const int32_t* offsets, int e, int n_rows) {
+  return min(max(__ldg(offsets + e), 0), n_rows);
+}
+
+// Tiles of the rows of experts, expert by expert. Asked by whole warps, for ascending pairs; lane l
+// knows expert 32 * i + l.
+class RowTiles {
+ public:
+  __device__ RowTiles(const int32_t* offsets, int n_experts, int n_rows, int n_tiles)
+      : offsets_(offsets), n_experts_(n_experts), n_rows_(n_rows), n_tiles_(n_tiles) {
+    load(0, 0);
+  }
+
+  __device__ bool find(int i, Tile& tile) {
+    while (true) {
+      const unsigned above = __ballot_sync(kFullWarp, end_ > i);
+      if (above) {
+        const int lane = __ffs(above) - 1;
+        const int rows = __shfl_sync(kFullWarp, rows_, lane);
+        const int pairs = pairs_of(rows);
+        place_tile(tile, i - (__shfl_sync(kFullWarp, end_, lane) - pairs * n_tiles_), pairs,
+                   n_tiles_);
+        tile.expert = first_ + lane;
+        // The blocks share the rows of a pair, in parts of 64.
+        const int of_pair = min(rows - tile.m * kPairM, kPairM), parts = (of_pair + 63) / 64;
+        const int first = cluster_rank() ? (parts + 1) / 2 * 64 : 0;
+        tile.first_row = __shfl_sync(kFullWarp, begin_, lane) + tile.m * kPairM + first;
+        tile.n_rows = max(min(of_pair - first, (parts + 1) / 2 * 64), 0);
+        return true;
+      }
+      if (first_ + 32 >= n_experts_) return false;
+      load(first_ + 32, __shfl_sync(kFullWarp, end_, 31));
+    }
+  }
+
+ private:
+  __device__ static int pairs_of(int rows) { return (rows + kPairM - 1) / kPairM; }
+
+  __device__ void load(int first, int pairs_before) {
+    first_ = first;
+    const int e = first + lane_id();
+    begin_ = e < n_experts_ ? offset_of(offsets_, e, n_rows_) : 0;
+    rows_ = e < n_experts_ ? max(offset_of(offsets_, e + 1, n_rows_) - begin_, 0) : 0;
+    end_ = pairs_before + warp_scan(pairs_of(rows_) * n_tiles_);
+  }
+
+  const int32_t* offsets_;
+  int n_experts_, n_rows_, n_tiles_;
+  int first_, begin_, rows_, end_;  // end_: pairs of this expert and all before
+};
+
+// The first pair of this cluster, and the way to the next.
+__device__ inline int first_pair() { return blockIdx.x / 2; }
+__device__ inline int pair_step() { return gridDim.x / 2; }
+
+// --- gathering rows ---
+
+// Where row r of `from` begins, in chunks of 16 bytes.
+constexpr uint32_t kNoRow = 0xffffffff;
+__device__ inline int row_index(const Rows& from, int r) {
+  return from.index ? __ldg(from.index + r) : r;
+}
+__device__ inline uint32_t row_chunk(const Rows& from, int at) {
+  return uint32_t(at) < uint64_t(from.n) ? uint32_t(at) * uint32_t(from.stride / 8) : kNoRow;
+}
+__device__ inline void copy_row_chunk(uint32_t to, const uint4* data, uint32_t chunk, bool inside) {
+  const bool there = inside && chunk != kNoRow;
+  copy_async(to, data + (there ? chunk : 0), !there);
+}
+
+// --- multiplying ---
+
+// A transposed operand lies in boxes of 64 (inner) rows x 64 columns, else of 64 rows x 64 (inner)
+// columns. Each step is 16 along the inner dimension.
+template <bool kTransposed>
+__device__ inline uint64_t operand(const uint16_t* boxes) {
+  return kTransposed ? matrix_descriptor(boxes, kBoxBytes, 1024)
+                     : matrix_descriptor(boxes, 16, 1024);
+}
+template <bool kTransposed>
+constexpr uint64_t kStep = (kTransposed ? 16 * 128 : 32) >> 4;
+
+// Of `boxes` boxes from column `first` on, those that hold any of `columns`. The TMA is not asked
+// for the others: what shared memory holds instead goes into results that are not stored.
+__device__ inline int boxes_within(int first, int columns, int boxes) {
+  return max(min((columns - first + kBoxWidth - 1) / kBoxWidth, boxes), 0);
+}
+
+// Tells both blocks that this warp has read a stage.
+template <class S>
+__device__ void release(S& s, int stage) {
+  if (lane_id() < 2) barrier_arrive_at(&s.empty[stage], lane_id());
+}
+
+// The sum over `blocks` stages of 64 x kTileN products. With kCopied, stages were filled by copies.
+template <class T, bool kTransA, bool kTransB, bool kCopied, class S>
+__device__ void multiply(S& s, Place<S::kStages>& stage, int warpgroup, int blocks,
+                         float (&sum)[128]) {
+  int previous = -1;
+  for (int block = 0; block < blocks; ++block) {
+    barrier_wait(&s.full[stage.index], stage.phase);
+    if (kCopied) fence_async_proxy();
+    const uint64_t a = operand<kTransA>(s.a[stage.index] + warpgroup * kBoxElements);
+    const uint64_t b = operand<kTransB>(s.b[stage.index]);
+    products_begin();
+#pragma unroll
+    for (int i = 0; i < kTileK / 16; ++i) {
+      product<T, kTransA, kTransB>(sum, a + i * kStep<kTransA>, b + i * kStep<kTransB>,
+                                   block > 0 || i > 0);
+    }
+    products_commit();
+    products_wait<1>();
+    if (previous >= 0) release(s, previous);
+    previous = stage.index;
+    stage.advance();
+  }
+  products_wait<0>();
+  if (previous >= 0) release(s, previous);
+}
+
+// As many stages, by a warpgroup that has no rows of the tile.
+template <class S>
+__device__ void skip(S& s, Place<S::kStages>& stage, int blocks) {
+  for (int block = 0; block < blocks; ++block) {
+    barrier_wait(&s.full[stage.index], stage.phase);
+    __syncwarp();
+    release(s, stage.index);
+    stage.advance();
+  }
+}
+
+// --- results ---
+
+template <class T>
+__device__ inline uint32_t pair_of_floats(float first, float second) {
+  const float both[2] = {first, second};
+  return Pack<T, 2>::of(both).word[0];
+}
+
+template <class T>
+__device__ inline void pack_box(const float* sum, uint32_t (&box)[8][2]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    box[j][0] = pair_of_floats<T>(sum[4 * j], sum[4 * j + 1]);
+    box[j][1] = pair_of_floats<T>(sum[4 * j + 2], sum[4 * j + 3]);
+  }
+}
+
+// Where lane l's row of the matrices of columns 0..15 of a box lies; of columns 8 j on, at ^ (j <<
+// 4), j even. Four matrices: rows 0..7 and 8..15 of the warp's 16, and the same 8 columns on.
+__device__ inline uint32_t matrices_in_box() {
+  const int lane = lane_id(), row = warp_id() % 4 * 16 + lane / 8 % 2 * 8 + lane % 8;
+  return row * 128 + ((lane / 16 ^ (row & 7)) << 4);
+}
+// The same in a transposed box, whose rows are columns; of columns 8 j on, at + j * 1024.
+__device__ inline uint32_t matrices_in_transposed_box() {
+  const int lane = lane_id(), row = lane / 16 * 8 + lane % 8;
+  return row * 128 + ((warp_id() % 4 * 2 + lane / 8 % 2 ^ (lane % 8)) << 4);
+}
+
+// A warp's part of a box: 16 rows x 64 columns.
+constexpr int kWarpBoxBytes = 16 * 128;
+
+// As matrices_in_box, within the warp's 16 rows.
+__device__ inline uint32_t matrices_in_warp_box() {
+  const int lane = lane_id(), row = lane % 16;
+  return row * 128 + ((lane / 16 ^ (row & 7)) << 4);
+}
+
+// Sends a warp's results to device memory through two buffers, without waiting for another warp.
+template <class T>
+class WarpStore {
+ public:
+  __device__ explicit WarpStore(uint32_t buffers)
+      : buffers_(buffers), matrices_(matrices_in_warp_box()) {}
+
+  // v[j][h]: columns 8 j + 2 (lane % 4) and the next, of row 8 h + lane / 4. For a map of runs of
+  // 16 rows.
+  __device__ void put(const uint32_t (&v)[8][2], const CUtensorMap& map, int column, int part,
+                      int row, int rows) {
+    if (lane_id() == 0) tma_store_wait_read<1>();
+    __syncwarp();
+    const uint32_t buffer = buffers_ + which_ * kWarpBoxBytes;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      store_matrices(buffer + (matrices_ ^ (j << 4)), {v[j][0], v[j][1], v[j + 1][0], v[j + 1][1]});
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane_id() == 0) {
+      tma_store(map, buffer, column, part, 16 - rows, row + rows);
+      tma_store_commit();
+    }
+    which_ ^= 1;
+  }
+
+ private:
+  uint32_t buffers_, matrices_;
+  int which_ = 0;
+};
+
+// --- launching ---
+
+inline int multiprocessors() {
+  static int count[64];  // by device; writing it twice does no harm
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return 1;
+  if (count[device] == 0) {
+    int found = 0;
+    cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
+    count[device] = std::max(found, 1);
+  }
+  return count[device];
+}
+
+template <class S, class Kernel, class Params>
+int launch(Kernel* kernel, const Params& p, int64_t pairs, void* stream) {
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(S));
+  if (error != cudaSuccess) return int(error);
+  const unsigned clusters = unsigned(std::min<int64_t>(pairs, multiprocessors() / 2));
+  kernel<<<2 * clusters, kThreads, sizeof(S), cudaStream_t(stream)>>>(p);
+  return int(cudaGetLastError());
+}
+
+inline int64_t row_pairs_at_most(const ExpertRows& experts) {
+  return std::min(experts.n_rows, experts.n_rows / kPairM + experts.n_experts);
+}
+
+}  // namespace hopper
+}  // namespace sparsemoe

@@ -1,0 +1,240 @@
+// out = activation(a @ b[e] + bias[e]) for rows of experts, on Hopper.
+#pragma once
+
+#include "moe/activation.cuh"
+#include "moe/experts_hopper.cuh"
+
+namespace sparsemoe {
+namespace hopper {
+
+struct RowsProduct {
+  CUtensorMap a, b, pre, out;
+  const int32_t* offsets;
+  int n_experts, n_rows, n_tiles;
+  int blocks;    // of kTileK, of the inner dimension
+  int k, width;  // columns of out
+  Rows from;     // where rows are gathered
+  const void* bias;
+  int64_t bias_stride;
+  Activation activation;
+  bool keep;  // pre
+};
+
+// Starts copies of a tile's gathered rows. Eight threads copy 128 bytes of a row.
+class RowGather {
+ public:
+  __device__ RowGather(const Rows& from, int k)
+      : from_(from), k_(k), column_(threadIdx.x % 8 * 8), row_(threadIdx.x / 8) {
+    offset_ = row_ * 128 + ((threadIdx.x % 8 ^ (row_ & 7)) << 4);
+  }
+  __device__ void tile(const Tile& tile) {
+    parts_ = (tile.n_rows + 63) / 64;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int r = row_ + 16 * i;
+      at_[i] = r < tile.n_rows ? row_chunk(from_, row_index(from_, tile.first_row + r)) : kNoRow;
+    }
+  }
+  __device__ void copy(uint32_t to, int block) const {
+    const int column = block * kTileK + column_;
+    const uint4* data = static_cast<const uint4*>(from_.data) + column / 8;
+    const bool inside = column < k_;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i / 4 >= parts_) break;
+      copy_row_chunk(to + offset_ + i * 2048, data, at_[i], inside);
+    }
+  }
+
+ private:
+  const Rows& from_;
+  int k_, column_, row_, parts_;
+  uint32_t offset_, at_[8];
+};
+
+// The loading warpgroup of kernels whose tiles are of rows of experts. b lies by column in two
+// boxes of 128 rows (of both halves, where kGated), by row in four of 64 columns.
+template <class T, bool kGather, bool kByColumn, bool kGated, class S, class Params>
+__device__ void load_tiles(S& s, const Params& p) {
+  if (!kGather && warp_id() != 0) return;
+  const bool starts_tma = threadIdx.x == 0;
+  const int rank = cluster_rank();
+  if (starts_tma) {
+    tma_prefetch(p.b);
+    if (!kGather) tma_prefetch(p.a);
+  }
+  RowTiles tiles(p.offsets, p.n_experts, p.n_rows, p.n_tiles);
+  RowGather gather(p.from, p.k);
+  Place<S::kStages> stage;
+  Tile tile;
+  for (int i = first_pair(); tiles.find(i, tile); i += pair_step()) {
+    if (kGather) gather.tile(tile);
+    for (int block = 0; block < p.blocks; ++block) {
+      barrier_wait(&s.empty[stage.index], stage.phase ^ 1);
+      uint64_t* full = &s.full[stage.index];
+      const uint32_t a = shared_address(s.a[stage.index]), b = shared_address(s.b[stage.index]);
+      if (starts_tma) {
+        const int k = block * kTileK, parts = kGather ? 0 : (tile.n_rows + 63) / 64;
+        const int n = tile.n * (kGated ? kTileN / 2 : kTileN);
+        const int halves = kGated || n + kTileN / 2 < p.width ? 2 : 1;  // of b that hold anything
+        barrier_arrive_expecting(full, halves * (kBytesB / 2) + parts * kBoxBytes);
+        for (int j = 0; j < parts; ++j) {
+          tma_load(a + j * kBoxBytes, p.a, full, k, tile.first_row + 64 * j, 0, 0);
+        }
+        // Each block loads its half, for both.
+        const uint32_t half = b + rank * (kBytesB / 2);
+        if (rank < halves && kByColumn) {
+          tma_load_to_both(half, p.b, full, k, kGated ? n : n + rank * 128, kGated ? rank : 0,
+                           tile.expert);
+        } else if (rank < halves) {
+          const int column = n + rank * 128;
+          tma_load_to_both(half, p.b, full, column, k, 0, tile.expert);
+          tma_load_to_both(half + kBoxBytes, p.b, full, column + kBoxWidth, k, 0, tile.expert);
+        }
+      }
+      if (kGather) {
+        gather.copy(a, block);
+        barrier_arrive_after_copies(full);
+      }
+      stage.advance();
+    }
+  }
+}
+
+// Adds the bias of columns c, c + 1, c + 8, ... to a thread's sums of 64 columns.
+template <class T>
+__device__ void add_bias(float* sum, const T* bias, int columns) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (8 * j >= columns) break;
+    const T* at = bias + 8 * j + lane_id() % 4 * 2;
+    const float b0 = to_float(at[0]), b1 = to_float(at[1]);
+    sum[4 * j] += b0, sum[4 * j + 1] += b1, sum[4 * j + 2] += b0, sum[4 * j + 3] += b1;
+  }
+}
+
+// `row` is the first of a warp's `rows`.
+template <Activation A, class T, bool kGated>
+__device__ void store_tile(const RowsProduct& p, const Tile& tile, int row, int rows,
+                           float (&sum)[128], WarpStore<T>& store) {
+  constexpr int kBoxes = kGated ? 2 : 4;
+  constexpr bool kActivated = A != Activation::none;
+  const T* bias = static_cast<const T*>(p.bias);
+  if (bias) bias += tile.expert * p.bias_stride;
+  uint32_t box[8][2];
+#pragma unroll
+  for (int c = 0; c < kBoxes; ++c) {
+    const int column = (tile.n * kBoxes + c) * kBoxWidth, columns = p.width - column;
+    if (columns <= 0) break;
+    float* gate = sum + 32 * c;
+    float* up = sum + 64 + 32 * c;
+    if (bias) {
+      add_bias(gate, bias + column, columns);
+      if (kGated) add_bias(up, bias + p.width + column, columns);
+    }
+    if (kActivated && p.keep) {
+      pack_box<T>(gate, box);
+      store.put(box, p.pre, column, 0, row, rows);
+      if (kGated) {
+        pack_box<T>(up, box);
+        store.put(box, p.pre, column, 1, row, rows);
+      }
+    }
+    if constexpr (kActivated) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        gate[i] = act_value<A>(gate[i]);
+        if (kGated) gate[i] *= up[i];
+      }
+    }
+    pack_box<T>(gate, box);
+    store.put(box, p.out, column, 0, row, rows);
+  }
+}
+
+template <class T, bool kGather, bool kByColumn, bool kGated>
+__global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
+    rows_product_kernel(const __grid_constant__ RowsProduct p) {
+#if SPARSEMOE_HOPPER
+  using S = SharedForStores;
+  S& s = shared<S>();
+  begin(s, kGather ? 128 : 0);
+  const int warpgroup = int(threadIdx.x / 128) - 1;
+  if (warpgroup < 0) {
+    registers_lower_to<kLoadRegisters>();
+    load_tiles<T, kGather, kByColumn, kGated>(s, p);
+  } else {
+    registers_raise_to<kMultiplyRegisters>();
+    RowTiles tiles(p.offsets, p.n_experts, p.n_rows, p.n_tiles);
+    const int warp = warp_id() % 4;
+    WarpStore<T> store(shared_address(s.boxes[warpgroup]) + warp * 2 * kWarpBoxBytes);
+    Place<S::kStages> stage;
+    Tile tile;
+    for (int i = first_pair(); tiles.find(i, tile); i += pair_step()) {
+      const int rows = min(tile.n_rows - warpgroup * 64, 64);
+      if (rows <= 0) {
+        skip(s, stage, p.blocks);
+        continue;
+      }
+      float sum[128];
+      multiply<T, false, !kByColumn, kGather>(s, stage, warpgroup, p.blocks, sum);
+      const int row = tile.first_row + warpgroup * 64 + warp * 16;
+      const int own_rows = max(min(rows - warp * 16, 16), 0);
+      if constexpr (kGather) {
+        with_activation(p.activation, [&](auto a) {
+          constexpr Activation A = decltype(a)::value;
+          if constexpr (sparsemoe::kGated<A> == kGated) {
+            store_tile<A, T, kGated>(p, tile, row, own_rows, sum, store);
+          }
+        });
+      } else {
+        store_tile<Activation::none, T, false>(p, tile, row, own_rows, sum, store);
+      }
+    }
+    if (lane_id() == 0) tma_store_wait_read<0>();
+  }
+  cluster_sync();  // the other block may still arrive here, or send
+#endif
+}
+
+template <class T, bool kGather, bool kByColumn, bool kGated>
+int rows_product_launch(const RowsProductParams& params, void* stream) {
+  RowsProduct p{};
+  const int parts = kGated ? 2 : 1;
+  const int64_t width = params.n / parts;  // of out
+  p.offsets = params.experts.offsets;
+  p.n_experts = int(params.experts.n_experts), p.n_rows = int(params.experts.n_rows);
+  p.n_tiles = int(ceil_div(params.n, kTileN));
+  if (kGated) p.n_tiles = int(ceil_div(width, kTileN / 2));
+  p.k = int(params.k), p.blocks = int(ceil_div(params.k, kTileK));
+  p.width = int(width);
+  p.from = params.a;
+  p.bias = params.bias, p.bias_stride = params.bias_stride;
+  p.activation = params.activation;
+  p.keep = params.pre != nullptr;
+  bool made = true;
+  if (!kGather) {
+    made = make_tensor_map(&p.a, params.dtype, params.a.data, {params.k, p.n_rows, 1, 1},
+                           {params.a.stride, params.a.stride, params.a.stride}, 64);
+  }
+  made = made &&
+         (kByColumn
+              ? make_tensor_map(&p.b, params.dtype, params.b, {params.k, width, parts, p.n_experts},
+                                {params.b_stride, width * params.b_stride, params.b_expert_stride},
+                                kTileN / 2)
+              : make_tensor_map(
+                    &p.b, params.dtype, params.b, {params.n, params.k, 1, p.n_experts},
+                    {params.b_stride, params.k * params.b_stride, params.b_expert_stride}, kTileK));
+  if (p.keep) {
+    made = made &&
+           make_row_run_map(&p.pre, params.dtype, params.pre, p.n_rows, width, parts, params.n, 16);
+  }
+  made = made && make_row_run_map(&p.out, params.dtype, params.out, p.n_rows, width, 1,
+                                  params.out_stride, 16);
+  if (!made) return int(cudaErrorInvalidValue);
+  return launch<SharedForStores>(rows_product_kernel<T, kGather, kByColumn, kGated>, p,
+                                 row_pairs_at_most(params.experts) * p.n_tiles, stream);
+}
+
+}  // namespace hopper
+}  // namespace sparsemoe

@@ -1,0 +1,12 @@
+#include "moe/experts_hopper_rows.cuh"
+
+namespace sparsemoe {
+namespace hopper {
+
+template int rows_product_launch<__nv_bfloat16, false, true, false>(const RowsProductParams&,
+                                                                    void*);
+template int rows_product_launch<__nv_bfloat16, false, false, false>(const RowsProductParams&,
+                                                                     void*);
+
+}  // namespace hopper
+}  // namespace sparsemoe

@@ -1,0 +1,12 @@
+#include "moe/experts_portable_rows.cuh"
+#include "moe/experts_portable_weight.cuh"
+
+namespace sparsemoe {
+namespace portable {
+
+template int rows_product<__half>(const RowsProductParams& p, void* stream);
+template int hidden_backward<__half>(const HiddenBackwardParams& p, void* stream);
+template int weight_grad<__half>(const WeightGradParams& p, void* stream);
+
+}  // namespace portable
+}  // namespace sparsemoe
