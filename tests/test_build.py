@@ -289,6 +289,21 @@ def test_build_info():
     assert all(arch.startswith(("sm_", "compute_")) for arch in info["cuda_archs"])
     assert len(info["gpus"]) == torch.cuda.device_count()
     assert info["will_use"][-1] == f"cpu {info['cpu_isa_in_use']}"
+    assert len(info["expert_products"]) <= len(info["gpus"])
+
+
+def test_what_a_changed_header_needs_compiled_again(tmp_path):
+    source, header = tmp_path / "csrc/moe/a.cu", tmp_path / "csrc/common/a.cuh"
+    compiled = tmp_path / "build/csrc/moe/a.o"
+    for path in (source, header, compiled):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    os.utime(header, (1000, 1000))
+    config.remove_older_than_headers(tmp_path / "build", tmp_path)
+    assert compiled.exists()
+    os.utime(compiled, (999, 999))
+    config.remove_older_than_headers(tmp_path / "build", tmp_path)
+    assert not compiled.exists()
 
 
 def test_build_info_reads_well():
@@ -304,9 +319,10 @@ def test_build_info_reads_well():
         "gpus": ["Some GPU"],
         "threads": 2,
         "will_use": ["cuda sm_80", "cpu avx2"],
+        "expert_products": ["portable"],
     }
     text = format_info(info)
-    assert "cuda sm_80, cpu avx2" in text
+    assert "cuda sm_80, cpu avx2" in text and "portable kernels" in text
     assert "note" not in text
     assert "holds no code for this GPU" in format_info({**info, "will_use": ["cpu avx2"]})
     without = format_info({**info, "will_use": ["cpu avx2"], "cuda_archs": []})
