@@ -12,6 +12,11 @@
 #else
 #define SPARSEMOE_HOPPER 0  // kernels that use this file must then be empty
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define SPARSEMOE_CLUSTER(blocks)
+#else
+#define SPARSEMOE_CLUSTER(blocks) __cluster_dims__(blocks)
+#endif
 
 namespace sparsemoe {
 

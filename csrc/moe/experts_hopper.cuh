@@ -269,7 +269,7 @@ class WarpStore {
     }
     fence_async_proxy();
     __syncwarp();
-    if (lane_id() == 0) {
+    if (lane_id() == 0 && rows > 0) {
       tma_store(map, buffer, column, part, 16 - rows, row + rows);
       tma_store_commit();
     }

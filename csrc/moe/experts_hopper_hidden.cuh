@@ -98,7 +98,7 @@ class HiddenStore {
       }
       fence_async_proxy();
       __syncwarp();
-      if (lane_id() == 0) {
+      if (lane_id() == 0 && rows_ > 0) {
         tma_store(p_.grad_pre, gate_box, column, 0, 16 - rows_, row_ + rows_);
         if (kGated) tma_store(p_.grad_pre, up_box, column, 1, 16 - rows_, row_ + rows_);
         tma_store(p_.hidden, hidden_box, column, 0, 16 - rows_, row_ + rows_);
@@ -138,7 +138,7 @@ class HiddenStore {
 };
 
 template <class T, bool kGated>
-__global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
+__global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     hidden_backward_kernel(const __grid_constant__ HiddenBackward p) {
 #if SPARSEMOE_HOPPER
   using S = SharedForHidden;

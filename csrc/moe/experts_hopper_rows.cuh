@@ -153,7 +153,7 @@ __device__ void store_tile(const RowsProduct& p, const Tile& tile, int row, int 
 }
 
 template <class T, bool kGather, bool kByColumn, bool kGated>
-__global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
+__global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     rows_product_kernel(const __grid_constant__ RowsProduct p) {
 #if SPARSEMOE_HOPPER
   using S = SharedForStores;

@@ -191,7 +191,7 @@ __device__ void add_to(float* sum, int64_t stride, int rows, int columns,
 }
 
 template <class T, bool kGather, bool kTransposed>
-__global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
+__global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     weight_grad_kernel(const __grid_constant__ WeightGrad p) {
 #if SPARSEMOE_HOPPER
   using S = SharedForStores;
