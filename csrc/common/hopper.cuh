@@ -10,7 +10,7 @@
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define SPARSEMOE_HOPPER 1
 #else
-#define SPARSEMOE_HOPPER 0  // kernels that use this file must then be empty
+#define SPARSEMOE_HOPPER 0  // kernels that use this file must then trap
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define SPARSEMOE_CLUSTER(blocks)
@@ -41,7 +41,7 @@ __device__ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t byte
       "r"(bytes)
       : "memory");
 }
-// Arrives once this thread's copies so far (copy_async) are done.
+// Arrives once this thread's copies so far (copy_async) are done; each thread counts.
 __device__ inline void barrier_arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
@@ -162,6 +162,8 @@ __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned
 __device__ inline void products_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// After the wait: the compiler may not use the sum before.
+__device__ inline void products_give(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 // Until at most N groups are not done.
 template <int N>
 __device__ inline void products_wait() {

@@ -19,7 +19,7 @@ namespace {
 template <class Params>
 auto cpu_of(int (*)(const Params&, void*)) -> void (*)(const Params&);
 
-// Expanded rows above so many bytes are made and summed in two halves of their columns.
+// Expanded rows above so many bytes are made and summed in two parts of their columns.
 constexpr int64_t kManyBytes = int64_t(256) << 20;
 
 std::vector<int64_t> sizes_of(const OptionalTensor& tensor) {
@@ -40,7 +40,7 @@ struct Layer : ExpertInputs {
   ScalarType type = x.scalar_type();
   int64_t n_rows = plan.map.n_rows, n_tokens = plan.map.n_tokens;
   ExpertRows experts{pointer<int32_t>(plan.offsets), n_experts, n_rows};
-  bool nothing = n_rows == 0 || n_tokens == 0 || hidden == 0;
+  bool nothing = n_rows == 0 || n_tokens == 0 || hidden == 0 || n_experts == 0;
 
   Tensor none() const { return empty({0}, type, x); }
   Tensor new_rows(int64_t n_columns) const { return empty({n_rows, n_columns}, type, x); }
@@ -69,7 +69,7 @@ struct Layer : ExpertInputs {
     const Tensor y = empty({n_tokens, hidden}, type, x);
     const int64_t k = rows.size(1), item = int64_t(x.element_size());
     const bool halve = n_rows * hidden * item > kManyBytes;
-    const int64_t part = halve ? (hidden / 2 + 255) / 256 * 256 : hidden;
+    const int64_t part = halve ? std::min((hidden / 2 + 255) / 256 * 256, hidden) : hidden;
     const Tensor products = new_rows(part);
     for (int64_t column = 0; column < hidden; column += part) {
       const int64_t n = std::min(part, hidden - column);

@@ -29,18 +29,21 @@ bool whole_chunks(int64_t width, int64_t stride, const void* data) {
 }
 bool takes(const Rows& rows, int64_t width) {
   return whole_chunks(width, rows.stride, rows.data) && rows.stride >= width &&
-         rows.n * (rows.stride / 8) < (int64_t(1) << 32) - 1;
+         width < (int64_t(1) << 31) - 1024 && rows.n * (rows.stride / 8) < (int64_t(1) << 32) - 1;
 }
 
-constexpr int64_t kIndices = int64_t(1) << 31;
+constexpr int64_t kIndices = (int64_t(1) << 31) - 1024;
 bool takes(const ExpertRows& experts, int64_t columns) {
-  return (experts.n_rows / 256 + experts.n_experts) * (columns / 128 + 1) < kIndices;
+  return experts.n_rows < kIndices && columns < kIndices &&
+         (experts.n_rows / 256 + experts.n_experts) * (columns / 128 + 1) < kIndices;
 }
 
-template <class F>
-int with_half(DType dtype, F f) {
-  return dtype == DType::bf16 ? f(static_cast<__nv_bfloat16*>(nullptr))
-                              : f(static_cast<__half*>(nullptr));
+// `launch` with a null pointer of the element type, or `portable` where that is not taken.
+template <class F, class G>
+int with_half(DType dtype, F launch, G portable) {
+  const int error = dtype == DType::bf16 ? launch(static_cast<__nv_bfloat16*>(nullptr))
+                                         : launch(static_cast<__half*>(nullptr));
+  return error == hopper::kNotTaken ? portable() : error;
 }
 bool is_half(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 
@@ -66,13 +69,16 @@ int rows_product_cuda(const RowsProductParams& p, void* stream) {
       (!gathers && p.activation != Activation::none) || !on_hopper()) {
     return rows_product_portable(p, stream);
   }
-  return with_half(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if (gated) return hopper::rows_product_launch<T, true, true, true>(p, stream);
-    if (gathers) return hopper::rows_product_launch<T, true, true, false>(p, stream);
-    return p.b_by_column ? hopper::rows_product_launch<T, false, true, false>(p, stream)
-                         : hopper::rows_product_launch<T, false, false, false>(p, stream);
-  });
+  return with_half(
+      p.dtype,
+      [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        if (gated) return hopper::rows_product_launch<T, true, true, true>(p, stream);
+        if (gathers) return hopper::rows_product_launch<T, true, true, false>(p, stream);
+        return p.b_by_column ? hopper::rows_product_launch<T, false, true, false>(p, stream)
+                             : hopper::rows_product_launch<T, false, false, false>(p, stream);
+      },
+      [&] { return rows_product_portable(p, stream); });
 }
 
 int hidden_backward_cuda(const HiddenBackwardParams& p, void* stream) {
@@ -82,12 +88,15 @@ int hidden_backward_cuda(const HiddenBackwardParams& p, void* stream) {
       uintptr_t(p.hidden) % 16 || !on_hopper()) {
     return hidden_backward_portable(p, stream);
   }
-  return with_half(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return columns_per_hidden(p.activation) == 2
-               ? hopper::hidden_backward_launch<T, true>(p, stream)
-               : hopper::hidden_backward_launch<T, false>(p, stream);
-  });
+  return with_half(
+      p.dtype,
+      [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        return columns_per_hidden(p.activation) == 2
+                   ? hopper::hidden_backward_launch<T, true>(p, stream)
+                   : hopper::hidden_backward_launch<T, false>(p, stream);
+      },
+      [&] { return hidden_backward_portable(p, stream); });
 }
 
 int weight_grad_cuda(const WeightGradParams& p, void* stream) {
@@ -95,15 +104,19 @@ int weight_grad_cuda(const WeightGradParams& p, void* stream) {
   const bool gathers_a = p.a.index != nullptr, gathers_b = p.b.index != nullptr;
   const int64_t tiles = p.experts.n_experts * (p.m / 128 + 1) * (p.n / 128 + 1);
   if (!is_half(p.dtype) || !takes(p.a, p.m) || !takes(p.b, p.n) || tiles >= kIndices ||
-      uintptr_t(p.out) % 16 || (gathers_a && gathers_b) || p.experts.n_rows == 0 || !on_hopper()) {
+      p.experts.n_rows >= kIndices || uintptr_t(p.out) % 16 || (gathers_a && gathers_b) ||
+      p.experts.n_rows == 0 || !on_hopper()) {
     return weight_grad_portable(p, stream);
   }
-  return with_half(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if (gathers_a) return hopper::weight_grad_launch<T, true, false>(p, stream);
-    return gathers_b ? hopper::weight_grad_launch<T, true, true>(p, stream)
-                     : hopper::weight_grad_launch<T, false, false>(p, stream);
-  });
+  return with_half(
+      p.dtype,
+      [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        if (gathers_a) return hopper::weight_grad_launch<T, true, false>(p, stream);
+        return gathers_b ? hopper::weight_grad_launch<T, true, true>(p, stream)
+                         : hopper::weight_grad_launch<T, false, false>(p, stream);
+      },
+      [&] { return weight_grad_portable(p, stream); });
 }
 
 int clear_tail_cuda(const ClearTailParams& p, void* stream) {

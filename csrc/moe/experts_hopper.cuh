@@ -8,6 +8,8 @@
 // the b that both need. Clusters are persistent: each takes every n-th pair of tiles.
 #pragma once
 
+#include <atomic>
+
 #include "common/hopper.cuh"
 #include "common/tensor_map.h"
 #include "moe/experts_hopper.h"
@@ -67,7 +69,7 @@ __device__ void begin(S& s, int copying) {
 // --- the order of the tiles ---
 
 struct Tile {
-  int expert, first_row, n_rows;  // n_rows 0 to kTileM; with WeightTiles, of the whole expert
+  int expert, first_row, n_rows;  // n_rows 0 to kTileM; of weight gradients, of the whole expert
   int m, n;                       // indices of the pair
 };
 
@@ -197,6 +199,8 @@ __device__ void multiply(S& s, Place<S::kStages>& stage, int warpgroup, int bloc
     stage.advance();
   }
   products_wait<0>();
+#pragma unroll
+  for (int i = 0; i < 128; ++i) products_give(sum[i]);
   if (previous >= 0) release(s, previous);
 }
 
@@ -269,9 +273,9 @@ class WarpStore {
     }
     fence_async_proxy();
     __syncwarp();
-    if (lane_id() == 0 && rows > 0) {
-      tma_store(map, buffer, column, part, 16 - rows, row + rows);
-      tma_store_commit();
+    if (lane_id() == 0) {
+      if (rows > 0) tma_store(map, buffer, column, part, 16 - rows, row + rows);
+      tma_store_commit();  // one group for each call: that is what is counted above
     }
     which_ ^= 1;
   }
@@ -284,7 +288,7 @@ class WarpStore {
 // --- launching ---
 
 inline int multiprocessors() {
-  static int count[64];  // by device; writing it twice does no harm
+  static std::atomic<int> count[64];  // by device
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return 1;
   if (count[device] == 0) {
@@ -300,7 +304,7 @@ int launch(Kernel* kernel, const Params& p, int64_t pairs, void* stream) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(S));
   if (error != cudaSuccess) return int(error);
-  const unsigned clusters = unsigned(std::min<int64_t>(pairs, multiprocessors() / 2));
+  const unsigned clusters = unsigned(std::min<int64_t>(pairs, std::max(multiprocessors() / 2, 1)));
   kernel<<<2 * clusters, kThreads, sizeof(S), cudaStream_t(stream)>>>(p);
   return int(cudaGetLastError());
 }

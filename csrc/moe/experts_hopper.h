@@ -6,7 +6,10 @@
 namespace sparsemoe {
 namespace hopper {
 
-// T is __nv_bfloat16 or __half. Each returns a CUDA error. Activations are for gathered rows.
+// What a launch returns where the driver refuses to describe a tensor; else it is a CUDA error.
+constexpr int kNotTaken = -1;
+
+// T is __nv_bfloat16 or __half. Activations are for gathered rows.
 template <class T, bool kGather, bool kByColumn, bool kGated>
 int rows_product_launch(const RowsProductParams& params, void* stream);
 template <class T, bool kGated>

@@ -198,6 +198,8 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     if (lane_id() == 0) tma_store_wait_read<0>();
   }
   cluster_sync();  // the other block may still arrive here, or send
+#else
+  __trap();
 #endif
 }
 
@@ -220,7 +222,7 @@ int hidden_backward_launch(const HiddenBackwardParams& params, void* stream) {
                     make_row_run_map(&p.grad_pre, params.dtype, params.grad_pre, p.n_rows, f, parts,
                                      f * parts, 16) &&
                     make_row_run_map(&p.hidden, params.dtype, params.hidden, p.n_rows, f, 1, f, 16);
-  if (!made) return int(cudaErrorInvalidValue);
+  if (!made) return kNotTaken;
   return launch<SharedForHidden>(hidden_backward_kernel<T, kGated>, p,
                                  row_pairs_at_most(params.experts) * p.n_tiles, stream);
 }

@@ -96,6 +96,7 @@ __device__ void load_tiles(S& s, const Params& p) {
         gather.copy(a, block);
         barrier_arrive_after_copies(full);
       }
+      __syncwarp();  // no lane may fall behind by two phases
       stage.advance();
     }
   }
@@ -194,6 +195,8 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     if (lane_id() == 0) tma_store_wait_read<0>();
   }
   cluster_sync();  // the other block may still arrive here, or send
+#else
+  __trap();
 #endif
 }
 
@@ -231,7 +234,7 @@ int rows_product_launch(const RowsProductParams& params, void* stream) {
   }
   made = made && make_row_run_map(&p.out, params.dtype, params.out, p.n_rows, width, 1,
                                   params.out_stride, 16);
-  if (!made) return int(cudaErrorInvalidValue);
+  if (!made) return kNotTaken;
   return launch<SharedForStores>(rows_product_kernel<T, kGather, kByColumn, kGated>, p,
                                  row_pairs_at_most(params.experts) * p.n_tiles, stream);
 }

@@ -119,6 +119,7 @@ __device__ void load_weight_tiles(S& s, const WeightGrad& p) {
           gather.copy(a, ahead);
           barrier_arrive_after_copies(full);
         }
+        __syncwarp();  // no lane may fall behind by two phases
         stage.advance();
       }
     }
@@ -235,6 +236,8 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
   }
   cluster_sync();  // the other block may still arrive here, or send
+#else
+  __trap();
 #endif
 }
 
@@ -259,7 +262,7 @@ int weight_grad_launch(const WeightGradParams& params, void* stream) {
            make_tensor_map(&p.out, params.dtype, params.out, {params.n, params.m, 1, p.n_experts},
                            {params.n, params.m * params.n, params.m * params.n}, 64);
   }
-  if (!made) return int(cudaErrorInvalidValue);
+  if (!made) return kNotTaken;
   return launch<SharedForStores>(weight_grad_kernel<T, kGather, kTransposed>, p,
                                  params.experts.n_experts * p.m_pairs * p.n_tiles, stream);
 }

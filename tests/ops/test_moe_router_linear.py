@@ -15,22 +15,22 @@ def tensors(n_tokens, hidden, n_experts, device, x_dtype, dtype):
 
 @pytest.mark.parametrize("x_dtype", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("size", [(1, 8, 2), (33, 65, 7), (257, 520, 128)])
+@pytest.mark.parametrize("size", [(0, 8, 2), (1, 8, 2), (33, 65, 7), (257, 520, 128)])
 def test_router_linear(device, x_dtype, dtype, size):
     x, weight = tensors(*size, device, x_dtype, dtype)
     logits = moe.router_linear(x, weight)
     exact = [t.detach().double().cpu().requires_grad_() for t in (x, weight)]
     expected = reference.router_linear(*exact)
     assert logits.dtype == torch.float32
-    error = (logits.double().cpu() - expected).abs().max()
-    assert error <= 2e-6 * expected.abs().max()
+    error = (logits.double().cpu() - expected).abs().flatten()
+    assert not len(error) or error.max() <= 2e-6 * expected.abs().max()
     upstream = torch.randn_like(logits)
     grads = torch.autograd.grad(logits, (x, weight), upstream)
     for grad, other in zip(
         grads, torch.autograd.grad(expected, exact, upstream.double().cpu()), strict=True
     ):
         tolerance = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 3e-5}[grad.dtype]
-        assert (grad.double().cpu() - other).norm() <= tolerance * other.norm()
+        assert (grad.double().cpu() - other).norm() <= tolerance * other.norm() + 1e-30
 
 
 def test_weights_of_many_sizes(device):

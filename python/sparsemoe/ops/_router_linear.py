@@ -56,7 +56,7 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
         return x.to(dtype) @ weight.to(dtype).T
     terms = _terms(weight, 3)
     logits = torch.mm(x, torch.cat(terms).T, out_dtype=torch.float32)
-    return logits if len(terms) == 1 else logits.view(len(x), 3, -1).sum(1)
+    return logits if len(terms) == 1 else logits.view(len(x), 3, len(weight)).sum(1)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def _(x, weight):
 
 @register_fake("sparsemoe::router_linear_backward")
 def _(grad, x, weight):
-    return torch.empty_like(x), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output):

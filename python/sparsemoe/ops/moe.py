@@ -49,9 +49,9 @@ ACTIVATIONS = {"swiglu": 2, "geglu": 2, "relu2": 1, "silu": 1, "gelu": 1}
 def router_linear(x: Tensor, weight: Tensor) -> Tensor:
     """logits = x @ weight.T in float32, also under autocast (float64 where either is).
 
-    On a GPU, for x in bfloat16, by the tensor cores: the weight is the exact sum of three bfloat16
-    tensors, so that only the order of the sum differs from a product in float32. Gradients are sums
-    of products whose factors are exact to 2^-16.
+    On a GPU, for x in bfloat16, by the tensor cores: the weight (of 1e-30 or more) is the exact sum
+    of three bfloat16 tensors, so that only the order of the sum differs from a product in float32.
+    Gradients are sums of products whose factors are exact to 2^-16.
 
     Args:
         x: [T, H].
@@ -229,8 +229,8 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
         a: [R, K].
         b: [E, K, N] of a's dtype. Taken as it is where one of its last two dimensions is dense,
             else copied.
-        offsets: [E+1] int32, ascending from 0 to at most R; other values are refused on the CPU
-            and clamped on a GPU.
+        offsets: [E+1] int32, ascending from 0 to at most R; others are refused on the CPU; on a
+            GPU they are clamped, and rows between experts are then left as they are.
 
     Returns:
         [R, N], zero past the last offset. Sums are float32. Differentiable in a and b, twice. Under
