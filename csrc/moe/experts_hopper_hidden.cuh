@@ -7,7 +7,7 @@ namespace sparsemoe {
 namespace hopper {
 
 struct HiddenBackward {
-  CUtensorMap a, b, grad_pre, hidden;  // a is not used: rows are gathered
+  CUtensorMap b, grad_pre, hidden;
   const int32_t* offsets;
   int n_experts, n_rows, n_tiles;
   int blocks;

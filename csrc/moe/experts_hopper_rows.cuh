@@ -61,7 +61,7 @@ __device__ void load_tiles(S& s, const Params& p) {
   const int rank = cluster_rank();
   if (starts_tma) {
     tma_prefetch(p.b);
-    if (!kGather) tma_prefetch(p.a);
+    if constexpr (!kGather) tma_prefetch(p.a);
   }
   RowTiles tiles(p.offsets, p.n_experts, p.n_rows, p.n_tiles);
   RowGather gather(p.from, p.k);
@@ -78,8 +78,10 @@ __device__ void load_tiles(S& s, const Params& p) {
         const int n = tile.n * (kGated ? kTileN / 2 : kTileN);
         const int halves = kGated || n + kTileN / 2 < p.width ? 2 : 1;  // of b that hold anything
         barrier_arrive_expecting(full, halves * (kBytesB / 2) + parts * kBoxBytes);
-        for (int j = 0; j < parts; ++j) {
-          tma_load(a + j * kBoxBytes, p.a, full, k, tile.first_row + 64 * j, 0, 0);
+        if constexpr (!kGather) {
+          for (int j = 0; j < parts; ++j) {
+            tma_load(a + j * kBoxBytes, p.a, full, k, tile.first_row + 64 * j, 0, 0);
+          }
         }
         // Each block loads its half, for both.
         const uint32_t half = b + rank * (kBytesB / 2);

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sparsemoe.ops import moe
+from sparsemoe.ops._router_linear import _terms
 from sparsemoe.reference import moe as reference
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -68,3 +69,11 @@ def test_under_autocast_and_compiled(device):
 def test_bad_input(x, weight, message):
     with pytest.raises(RuntimeError, match=message):
         moe.router_linear(x, weight)
+
+
+def test_terms_sum_to_what_they_are_of():
+    x = torch.randn(1000) * torch.logspace(-25, 25, 1000)
+    three, two = _terms(x, 3), _terms(x, 2)
+    assert all(term.dtype == torch.bfloat16 for term in three)
+    assert torch.equal(sum(term.double() for term in three), x.double())
+    assert ((sum(term.double() for term in two) - x).abs() <= x.abs() * 2**-16).all()
