@@ -1,5 +1,5 @@
 // The experts' activations and their slopes in float, from the two approximate instructions for 2^x
-// and 1/x. The error of a value is some 5e-7 of it for |gate| < 3, that of a slope 4e-7. Large
+// and 1/x. The error of a value is at most 8e-7 of it for |gate| < 3, that of a slope 4e-7. Large
 // gates saturate; infinite ones give NaN wherever torch does.
 #pragma once
 
