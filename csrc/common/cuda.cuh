@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -17,6 +18,31 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr float kInfinity = __builtin_huge_valf();
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether the current device runs the code compiled for sm_90a.
+inline bool runs_sm_90a() {
+#ifdef SPARSEMOE_SM_90A
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major == 9;
+#else
+  return false;
+#endif
+}
+
+// Of the current device.
+inline int multiprocessors() {
+  static std::atomic<int> count[64];  // by device
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return 1;
+  if (count[device] == 0) {
+    int found = 0;
+    cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
+    count[device] = std::max(found, 1);
+  }
+  return count[device];
+}
 
 // Calls f with a null pointer of the element type. A GPU has no float64 kernels here.
 template <class F>

@@ -80,6 +80,18 @@ __device__ inline void barrier_arrive_at(uint64_t* barrier, int rank) {
       : "memory");
 }
 
+// Writes 4 bytes to the same place of the block of that rank, and tells its barrier.
+__device__ inline void store_at(int* place, int value, uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n .reg .b32 place, barrier;\n"
+      " mapa.shared::cluster.u32 place, %0, %3;\n"
+      " mapa.shared::cluster.u32 barrier, %2, %3;\n"
+      " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [place], %1, "
+      "[barrier];\n}" ::"r"(shared_address(place)),
+      "r"(value), "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+}
+
 // A barrier among `threads` threads of the block; ids 1 to 15.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "moe/dispatch.h"
 
 namespace sparsemoe {
 
@@ -32,7 +33,8 @@ struct Rows {
 // For r of expert e: pre[r] = a[r] @ b[e] + bias[e]; out[r] = activation(pre[r]).
 struct RowsProductParams {
   ExpertRows experts;
-  DType dtype;  // of everything; sums are float
+  int32_t* counter;  // zero before the kernel, for handing out tiles; or null
+  DType dtype;       // of everything; sums are float
   Rows a;
   int64_t k, n;  // pre is n wide, out n / columns_per_hidden(activation)
   const void* b;
@@ -47,6 +49,20 @@ struct RowsProductParams {
   int64_t out_stride;
 };
 
+// No token has more than kFewRows rows. For each token t: y[t] = the sum over its rows r, of expert
+// e, of weight[r] * (rows[r] @ b[e]^T + bias[e]).
+struct TokenSumsParams {
+  ExpertRows experts;
+  DType dtype;  // as above
+  RowMap map;
+  int64_t k, n;
+  const void* rows;      // [R, k]
+  const void* b;         // [E, n, k]
+  const void* bias;      // [E, n] or null
+  const float* weights;  // by pair, or null: ones
+  void* y;               // [n_tokens, n]
+};
+
 // The way back through the second projection, weighting and activation. With
 // d hidden[r] = grad[r] @ down[e]:
 //   grad_pre[r] = weight[r] * d hidden[r] * activation'(pre[r])
@@ -54,6 +70,7 @@ struct RowsProductParams {
 //   inner[i][r], summed over i, is <d hidden[r], activation(pre[r])>
 struct HiddenBackwardParams {
   ExpertRows experts;
+  int32_t* counter;  // as above
   DType dtype;
   Rows grad;  // [.., h]
   int64_t h, f;
@@ -73,6 +90,7 @@ inline int64_t inner_parts(int64_t f) { return (f + kInnerColumns - 1) / kInnerC
 // out[e] = sum over the rows r of expert e of outer(a[r], b[r]). Zero for an expert without rows.
 struct WeightGradParams {
   ExpertRows experts;
+  int32_t* counter;  // as above
   DType dtype;
   Rows a, b;
   int64_t m, n;
@@ -120,6 +138,14 @@ int weight_grad_cuda(const WeightGradParams& p, void* stream);
 int bias_grad_cuda(const BiasGradParams& p, void* stream);
 int pair_grad_cuda(const PairGradParams& p, void* stream);
 int clear_tail_cuda(const ClearTailParams& p, void* stream);
+
+// For few rows, whose experts are mostly different. b by column.
+constexpr int64_t kFewRows = 32;
+inline bool few_rows(const ExpertRows& experts) {
+  return experts.n_rows <= kFewRows && experts.n_rows <= experts.n_experts;
+}
+int rows_product_few(const RowsProductParams& p, void* stream);
+int token_sums_few_cuda(const TokenSumsParams& p, void* stream);
 
 // Any GPU of compute capability 8.0 or later, any width, also float.
 int rows_product_portable(const RowsProductParams& p, void* stream);

@@ -33,6 +33,20 @@ Tensor zeros(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& l
   return tensor;
 }
 
+// Zeros for kernels that hand out many tiles.
+class Counters {
+ public:
+  Counters(int64_t n_rows, int count, const Tensor& like) {
+    if (n_rows >= kManyRows) zeros_ = zeros({count}, ScalarType::Int, like);
+  }
+  int32_t* take() { return zeros_ ? mutable_pointer<int32_t>(*zeros_) + taken_++ : nullptr; }
+
+ private:
+  static constexpr int64_t kManyRows = 1024;
+  OptionalTensor zeros_;
+  int taken_ = 0;
+};
+
 struct Layer : ExpertInputs {
   using ExpertInputs::ExpertInputs;
 
@@ -40,6 +54,7 @@ struct Layer : ExpertInputs {
   ScalarType type = x.scalar_type();
   int64_t n_rows = plan.map.n_rows, n_tokens = plan.map.n_tokens;
   ExpertRows experts{pointer<int32_t>(plan.offsets), n_experts, n_rows};
+  mutable Counters counters{n_rows, 7, x};  // of no pass more kernels ask
   bool nothing = n_rows == 0 || n_tokens == 0 || hidden == 0 || n_experts == 0;
 
   Tensor none() const { return empty({0}, type, x); }
@@ -52,7 +67,7 @@ struct Layer : ExpertInputs {
 
   // out = activation(x @ gate_up^T + bias); pre may be null.
   void first_product(const Tensor* pre, const Tensor& out, Activation act) const {
-    RowsProductParams p{experts, dtype, gathered(x), hidden, columns};
+    RowsProductParams p{experts, counters.take(), dtype, gathered(x), hidden, columns};
     p.b = pointer(first), p.b_by_column = true;
     p.b_stride = hidden, p.b_expert_stride = columns * hidden;
     p.bias = pointer(gate_up_bias), p.bias_stride = columns;
@@ -67,13 +82,20 @@ struct Layer : ExpertInputs {
   Tensor sum_of_products(const Tensor& rows, const Tensor& b, bool by_column,
                          const OptionalTensor& bias, const OptionalTensor& by_weight) const {
     const Tensor y = empty({n_tokens, hidden}, type, x);
+    if (by_column && few_rows(experts) && plan.map.top_k <= kFewRows) {
+      TokenSumsParams p{experts, dtype, plan.map, rows.size(1), hidden};
+      p.rows = pointer(rows), p.b = pointer(b), p.bias = pointer(bias);
+      p.weights = pointer<float>(by_weight), p.y = mutable_pointer(y);
+      SPARSEMOE_RUN_CUDA(token_sums_few, x, p);
+      return y;
+    }
     const int64_t k = rows.size(1), item = int64_t(x.element_size());
     const bool halve = n_rows * hidden * item > kManyBytes;
     const int64_t part = halve ? std::min((hidden / 2 + 255) / 256 * 256, hidden) : hidden;
     const Tensor products = new_rows(part);
     for (int64_t column = 0; column < hidden; column += part) {
       const int64_t n = std::min(part, hidden - column);
-      RowsProductParams p{experts, dtype, all(rows), k, n};
+      RowsProductParams p{experts, counters.take(), dtype, all(rows), k, n};
       p.b = pointer<char>(b) + column * item * (by_column ? k : 1);
       p.b_by_column = by_column, p.b_stride = by_column ? k : hidden;
       p.b_expert_stride = k * hidden;
@@ -95,7 +117,8 @@ struct Layer : ExpertInputs {
   Tensor weight_grad(const Rows& a, const Rows& b, int64_t m, int64_t n,
                      const OptionalTensor& sum) const {
     const Tensor out = sum ? *sum : empty({n_experts, m, n}, type, x);
-    WeightGradParams p{experts, dtype, a, b, m, n, mutable_pointer(out), sum.has_value()};
+    WeightGradParams p{experts, counters.take(),      dtype,          a, b, m,
+                       n,       mutable_pointer(out), sum.has_value()};
     SPARSEMOE_RUN_CUDA(weight_grad, x, p);
     return sum ? none() : out;
   }
@@ -170,7 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     const int64_t parts = inner_parts(in.width);
     OptionalTensor inner;
     if (weights) inner = empty({parts, in.n_rows}, ScalarType::Float, in.x);
-    HiddenBackwardParams p{in.experts, in.dtype, in.gathered(grad), in.hidden, in.width};
+    HiddenBackwardParams p{in.experts,        in.counters.take(), in.dtype,
+                           in.gathered(grad), in.hidden,          in.width};
     p.down = pointer(in.second), p.pre = pointer(*pre), p.activation = in.activation;
     p.weights = pointer<float>(in.weights);
     p.row_pair = in.plan.map.row_pair, p.n_pairs = in.plan.n_pairs();
@@ -218,7 +242,9 @@ Tensor grouped_mm(const Tensor& a_in, const Tensor& b_in, const Tensor& offsets_
     return y;
   }
   const int32_t* rows_of = pointer<int32_t>(offsets);
+  Counters counters(n_rows, 1, a);
   RowsProductParams p{{rows_of, b.size(0), n_rows},
+                      counters.take(),
                       real_dtype(a, "a"),
                       {pointer(a), row_stride(a), n_rows, nullptr},
                       k,
@@ -246,7 +272,9 @@ Tensor grouped_mm_backward_b(const Tensor& a_in, const Tensor& grad_in, const Te
   int64_t m = a.size(1), n = grad.size(1);
   if (by_column) std::swap(left, right), std::swap(m, n);
   Tensor out = empty({n_experts, m, n}, a.scalar_type(), a);
+  Counters counters(n_rows, 1, a);
   WeightGradParams p{{pointer<int32_t>(offsets), n_experts, n_rows},
+                     counters.take(),
                      real_dtype(a, "a"),
                      left,
                      right,

@@ -1,5 +1,5 @@
-// Which kernel takes a matrix product of the experts: Hopper's, where the GPU, the element type and
-// the alignment allow it, else the portable one.
+// Which kernel takes a matrix product of the experts: that for few rows, or Hopper's, where the
+// GPU, the element type and the alignment allow it, else the portable one.
 #include <cstdlib>
 #include <cstring>
 
@@ -11,16 +11,8 @@ namespace {
 
 // SPARSEMOE_KERNELS=portable leaves Hopper's kernels out.
 bool on_hopper() {
-#ifdef SPARSEMOE_SM_90A
   const char* kernels = std::getenv("SPARSEMOE_KERNELS");
-  if (kernels && std::strcmp(kernels, "portable") == 0) return false;
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major == 9;
-#else
-  return false;
-#endif
+  return runs_sm_90a() && !(kernels && std::strcmp(kernels, "portable") == 0);
 }
 
 // Rows of 16-byte chunks, which the TMA and 16-byte copies need, and few enough for their indices.
@@ -60,6 +52,7 @@ __global__ void clear_tail_kernel(const int32_t* end, int64_t n_rows, int64_t ro
 
 int rows_product_cuda(const RowsProductParams& p, void* stream) {
   if (p.n == 0 || p.experts.n_rows == 0) return 0;
+  if (p.b_by_column && few_rows(p.experts)) return rows_product_few(p, stream);
   const int64_t width = p.n / columns_per_hidden(p.activation);
   const bool gathers = p.a.index != nullptr, gated = width != p.n;
   if (!is_half(p.dtype) || !takes(p.a, p.k) || !takes(p.experts, p.n) ||
@@ -83,7 +76,7 @@ int rows_product_cuda(const RowsProductParams& p, void* stream) {
 
 int hidden_backward_cuda(const HiddenBackwardParams& p, void* stream) {
   if (p.f == 0 || p.experts.n_rows == 0) return 0;
-  if (!is_half(p.dtype) || !takes(p.grad, p.h) || !takes(p.experts, p.f) ||
+  if (!is_half(p.dtype) || !p.grad.index || !takes(p.grad, p.h) || !takes(p.experts, p.f) ||
       !whole_chunks(p.f, p.f, p.down) || uintptr_t(p.pre) % 16 || uintptr_t(p.grad_pre) % 16 ||
       uintptr_t(p.hidden) % 16 || !on_hopper()) {
     return hidden_backward_portable(p, stream);

@@ -5,10 +5,9 @@
 // 16-byte copies where rows are gathered by index. The other two multiply, 64 rows of the tile
 // each, and store their results; they never wait for each other, so that one stores while the other
 // multiplies. Two blocks make a cluster, whose tiles lie one above the other: each loads half of
-// the b that both need. Clusters are persistent: each takes every n-th pair of tiles.
+// the b that both need. Clusters are persistent, and take the next pair of tiles when they are
+// free.
 #pragma once
-
-#include <atomic>
 
 #include "common/hopper.cuh"
 #include "common/tensor_map.h"
@@ -19,7 +18,8 @@ namespace hopper {
 
 constexpr int kTileM = 128, kTileN = 256, kTileK = 64;
 constexpr int kThreads = 384;
-constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;  // of a thread
+// Of a thread of the loading warpgroup, and of the others.
+constexpr int kLoadRegisters = 56, kMultiplyRegisters = 224;
 constexpr int kBoxElements = 64 * kBoxWidth, kBoxBytes = 2 * kBoxElements;
 constexpr uint32_t kBytesA = 2 * kTileM * kTileK, kBytesB = 2 * kTileN * kTileK;
 
@@ -34,6 +34,8 @@ struct Shared {
   uint16_t b[kStages][kTileN * kTileK];
   uint16_t boxes[2][kBoxes][kBoxElements];  // of each multiplying warpgroup
   uint64_t full[kStages], empty[kStages];
+  int next[2];  // pairs of tiles
+  uint64_t next_full[2], next_empty[2];
 };
 using SharedForStores = Shared<4, 2>;
 
@@ -53,13 +55,17 @@ struct Place {
   }
 };
 
-// `copying` threads fill a stage by copies, besides the one that starts the TMA.
-template <class S>
-__device__ void begin(S& s, int copying) {
+// With kCopied, all threads of the loading warpgroup fill a stage, otherwise one.
+template <bool kCopied, class S>
+__device__ void begin(S& s) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      barrier_init(&s.full[i], 1 + copying);
+      barrier_init(&s.full[i], kCopied ? 1 + 128 : 1);
       barrier_init(&s.empty[i], 16);  // the multiplying warps of the cluster
+    }
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&s.next_full[i], 1);
+      barrier_init(&s.next_empty[i], kCopied ? 24 : 18);  // its multiplying and loading warps
     }
     barriers_ready();
   }
@@ -133,17 +139,54 @@ class RowTiles {
   int first_, begin_, rows_, end_;  // end_: pairs of this expert and all before
 };
 
-// The first pair of this cluster, and the way to the next.
-__device__ inline int first_pair() { return blockIdx.x / 2; }
-__device__ inline int pair_step() { return gridDim.x / 2; }
+// The pairs of tiles that a cluster takes: first that of its number, then whichever is next when it
+// asks. So all clusters work on neighbouring pairs, and what these share is in the L2. Without a
+// counter a cluster takes every n-th; the clusters then drift apart.
+template <class S>
+class PairQueue {
+ public:
+  __device__ PairQueue(S& s, int32_t* counter) : s_(s), counter_(counter) {}
+  __device__ static int first() { return blockIdx.x / 2; }
+
+  // One thread of each block asks at the start of a pair for the one after it, and hands that on
+  // when the first loads are on their way.
+  __device__ void ask(int pair) {
+    const int clusters = gridDim.x / 2;
+    if (cluster_rank() == 0) asked_ = clusters + (counter_ ? atomicAdd(counter_, 1) : pair);
+  }
+  __device__ void hand_on() {
+    barrier_arrive_expecting(&s_.next_full[out_.index], sizeof(int));
+    if (cluster_rank() == 0) {
+      barrier_wait(&s_.next_empty[out_.index], out_.phase ^ 1);
+      for (int rank = 0; rank < 2; ++rank) {
+        store_at(&s_.next[out_.index], asked_, &s_.next_full[out_.index], rank);
+      }
+    }
+    out_.advance();
+  }
+
+  // By whole warps, all that load or multiply.
+  __device__ int next() {
+    barrier_wait(&s_.next_full[in_.index], in_.phase);
+    const int pair = *const_cast<volatile int*>(&s_.next[in_.index]);
+    __syncwarp();
+    if (lane_id() == 0) barrier_arrive_at(&s_.next_empty[in_.index], 0);
+    in_.advance();
+    return pair;
+  }
+
+ private:
+  S& s_;
+  int32_t* counter_;
+  int asked_ = 0;
+  Place<2> in_, out_;
+};
 
 // --- gathering rows ---
 
-// Where row r of `from` begins, in chunks of 16 bytes.
+// Where row `at` of from.data begins, in chunks of 16 bytes. Indices are read without a
+// branch, so that no read waits for another.
 constexpr uint32_t kNoRow = 0xffffffff;
-__device__ inline int row_index(const Rows& from, int r) {
-  return from.index ? __ldg(from.index + r) : r;
-}
 __device__ inline uint32_t row_chunk(const Rows& from, int at) {
   return uint32_t(at) < uint64_t(from.n) ? uint32_t(at) * uint32_t(from.stride / 8) : kNoRow;
 }
@@ -286,18 +329,6 @@ class WarpStore {
 };
 
 // --- launching ---
-
-inline int multiprocessors() {
-  static std::atomic<int> count[64];  // by device
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return 1;
-  if (count[device] == 0) {
-    int found = 0;
-    cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
-    count[device] = std::max(found, 1);
-  }
-  return count[device];
-}
 
 template <class S, class Kernel, class Params>
 int launch(Kernel* kernel, const Params& p, int64_t pairs, void* stream) {

@@ -8,6 +8,7 @@ namespace hopper {
 
 struct HiddenBackward {
   CUtensorMap b, grad_pre, hidden;
+  int32_t* counter;
   const int32_t* offsets;
   int n_experts, n_rows, n_tiles;
   int blocks;
@@ -143,7 +144,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
 #if SPARSEMOE_HOPPER
   using S = SharedForHidden;
   S& s = shared<S>();
-  begin(s, 128);
+  begin<true>(s);
   const int warpgroup = int(threadIdx.x / 128) - 1;
   if (warpgroup < 0) {
     registers_lower_to<kLoadRegisters>();
@@ -154,8 +155,9 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     const int warp = warp_id() % 4, own_row = lane_id() / 4;
     HiddenStore<T, kGated> store(p, shared_address(s.boxes[warpgroup]) + warp * 5 * kWarpBoxBytes);
     Place<S::kStages> stage;
+    PairQueue<S> queue(s, p.counter);
     Tile tile;
-    for (int i = first_pair(); tiles.find(i, tile); i += pair_step()) {
+    for (int i = queue.first(); tiles.find(i, tile); i = queue.next()) {
       if (tile.n_rows <= warpgroup * 64) {
         skip(s, stage, p.blocks);
         continue;
@@ -163,20 +165,22 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
       const int row = tile.first_row + warpgroup * 64 + warp * 16;
       const int rows = max(min(tile.n_rows - warpgroup * 64 - warp * 16, 16), 0);
       store.begin(tile, row, rows);
-      float weight[2] = {}, inner[2] = {};
+      int pair[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int r = own_row + 8 * h;
-        if (r < rows) {
-          weight[h] = 1;
-          if (p.weights) {
-            const int pair = __ldg(p.row_pair + row + r);
-            weight[h] = uint32_t(pair) < uint64_t(p.n_pairs) ? __ldg(p.weights + pair) : 0.0f;
-          }
-        }
+        const int r = min(own_row + 8 * h, max(rows - 1, 0));
+        pair[h] = p.weights && rows > 0 ? __ldg(p.row_pair + row + r) : 0;
       }
       float sum[128];
       multiply<T, false, true, true>(s, stage, warpgroup, p.blocks, sum);
+      float weight[2], inner[2] = {};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        weight[h] = 1;
+        if (p.weights) {
+          weight[h] = uint32_t(pair[h]) < uint64_t(p.n_pairs) ? __ldg(p.weights + pair[h]) : 0.0f;
+        }
+      }
       with_activation(p.activation, [&](auto a) {
         constexpr Activation A = decltype(a)::value;
         if constexpr (A != Activation::none && sparsemoe::kGated<A> == kGated) {
@@ -206,6 +210,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
 template <class T, bool kGated>
 int hidden_backward_launch(const HiddenBackwardParams& params, void* stream) {
   HiddenBackward p{};
+  p.counter = params.counter;
   p.offsets = params.experts.offsets;
   p.n_experts = int(params.experts.n_experts), p.n_rows = int(params.experts.n_rows);
   p.n_tiles = int(ceil_div(params.f, kTileN));

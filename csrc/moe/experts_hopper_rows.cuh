@@ -9,6 +9,7 @@ namespace hopper {
 
 struct RowsProduct {
   CUtensorMap a, b, pre, out;
+  int32_t* counter;
   const int32_t* offsets;
   int n_experts, n_rows, n_tiles;
   int blocks;    // of kTileK, of the inner dimension
@@ -27,12 +28,17 @@ class RowGather {
       : from_(from), k_(k), column_(threadIdx.x % 8 * 8), row_(threadIdx.x / 8) {
     offset_ = row_ * 128 + ((threadIdx.x % 8 ^ (row_ & 7)) << 4);
   }
-  __device__ void tile(const Tile& tile) {
+  __device__ void begin(const Tile& tile) {
     parts_ = (tile.n_rows + 63) / 64;
+    int index[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int r = row_ + 16 * i;
-      at_[i] = r < tile.n_rows ? row_chunk(from_, row_index(from_, tile.first_row + r)) : kNoRow;
+      const int r = min(row_ + 16 * i, tile.n_rows - 1);
+      index[i] = __ldg(from_.index + max(tile.first_row + r, 0));
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      at_[i] = row_ + 16 * i < tile.n_rows ? row_chunk(from_, index[i]) : kNoRow;
     }
   }
   __device__ void copy(uint32_t to, int block) const {
@@ -52,6 +58,9 @@ class RowGather {
   uint32_t offset_, at_[8];
 };
 
+// The next pair of tiles is known and handed on after so many blocks of one: the answer is there.
+constexpr int kHandOnAfter = 3;
+
 // The loading warpgroup of kernels whose tiles are of rows of experts. b lies by column in two
 // boxes of 128 rows (of both halves, where kGated), by row in four of 64 columns.
 template <class T, bool kGather, bool kByColumn, bool kGated, class S, class Params>
@@ -66,9 +75,11 @@ __device__ void load_tiles(S& s, const Params& p) {
   RowTiles tiles(p.offsets, p.n_experts, p.n_rows, p.n_tiles);
   RowGather gather(p.from, p.k);
   Place<S::kStages> stage;
+  PairQueue<S> queue(s, p.counter);
   Tile tile;
-  for (int i = first_pair(); tiles.find(i, tile); i += pair_step()) {
-    if (kGather) gather.tile(tile);
+  for (int i = queue.first(); tiles.find(i, tile); i = queue.next()) {
+    if (starts_tma) queue.ask(i);
+    if (kGather) gather.begin(tile);
     for (int block = 0; block < p.blocks; ++block) {
       barrier_wait(&s.empty[stage.index], stage.phase ^ 1);
       uint64_t* full = &s.full[stage.index];
@@ -98,6 +109,7 @@ __device__ void load_tiles(S& s, const Params& p) {
         gather.copy(a, block);
         barrier_arrive_after_copies(full);
       }
+      if (starts_tma && block == min(kHandOnAfter, p.blocks - 1)) queue.hand_on();
       __syncwarp();  // no lane may fall behind by two phases
       stage.advance();
     }
@@ -161,7 +173,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
 #if SPARSEMOE_HOPPER
   using S = SharedForStores;
   S& s = shared<S>();
-  begin(s, kGather ? 128 : 0);
+  begin<kGather>(s);
   const int warpgroup = int(threadIdx.x / 128) - 1;
   if (warpgroup < 0) {
     registers_lower_to<kLoadRegisters>();
@@ -172,8 +184,9 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     const int warp = warp_id() % 4;
     WarpStore<T> store(shared_address(s.boxes[warpgroup]) + warp * 2 * kWarpBoxBytes);
     Place<S::kStages> stage;
+    PairQueue<S> queue(s, p.counter);
     Tile tile;
-    for (int i = first_pair(); tiles.find(i, tile); i += pair_step()) {
+    for (int i = queue.first(); tiles.find(i, tile); i = queue.next()) {
       const int rows = min(tile.n_rows - warpgroup * 64, 64);
       if (rows <= 0) {
         skip(s, stage, p.blocks);
@@ -207,6 +220,7 @@ int rows_product_launch(const RowsProductParams& params, void* stream) {
   RowsProduct p{};
   const int parts = kGated ? 2 : 1;
   const int64_t width = params.n / parts;  // of out
+  p.counter = params.counter;
   p.offsets = params.experts.offsets;
   p.n_experts = int(params.experts.n_experts), p.n_rows = int(params.experts.n_rows);
   p.n_tiles = int(ceil_div(params.n, kTileN));

@@ -9,6 +9,7 @@ namespace hopper {
 
 struct WeightGrad {
   CUtensorMap a, b, out;
+  int32_t* counter;
   const int32_t* offsets;
   int n_experts, n_rows, m_pairs, n_tiles;
   int m, n;
@@ -38,19 +39,26 @@ class ColumnGather {
     offset_ = column_ / 64 * kBoxBytes + row_ * 128 + ((column_ / 8 % 8 ^ row_) << 4);
   }
 
-  // Begins with row `first` of those up to `end`, at a column.
-  __device__ void tile(int first, int end, int column) {
+  // Asks for the indices of kAhead blocks, from row `first` of those up to `end` on.
+  __device__ void read(int first, int end) {
+    there_ = end - first;
+#pragma unroll
+    for (int i = 0; i < 2 * kAhead; ++i) {
+      later_[i] = __ldg(from_.index + max(min(first + lane_id() + 32 * i, end - 1), 0));
+    }
+  }
+  // Goes on to those blocks.
+  __device__ void begin() {
+#pragma unroll
+    for (int i = 0; i < 2 * kAhead; ++i) {
+      now_[i] = lane_id() + 32 * i < there_ ? row_chunk(from_, later_[i]) : kNoRow;
+    }
+  }
+  // The columns of the tile.
+  __device__ void at(int column) {
     column += column_;
     inside_ = column < width_;
     data_ = static_cast<const uint4*>(from_.data) + column / 8;
-    next_ = first, end_ = end;
-    read();
-  }
-  // Every kAhead blocks.
-  __device__ void next_indices() {
-#pragma unroll
-    for (int i = 0; i < 2 * kAhead; ++i) now_[i] = row_chunk(from_, later_[i]);
-    read();
   }
   // Block i of kAhead.
   __device__ void copy(uint32_t to, int i) const {
@@ -62,18 +70,9 @@ class ColumnGather {
   }
 
  private:
-  __device__ void read() {
-#pragma unroll
-    for (int i = 0; i < 2 * kAhead; ++i) {
-      const int r = next_ + lane_id() + 32 * i;
-      later_[i] = r < end_ ? row_index(from_, r) : -1;
-    }
-    next_ += kAhead * kTileK;
-  }
-
   const Rows& from_;
   const uint4* data_;
-  int width_, row_, column_, next_, end_;
+  int width_, row_, column_, there_;
   uint32_t offset_;
   bool inside_;
   uint32_t now_[2 * kAhead];
@@ -87,31 +86,51 @@ __device__ void load_weight_tiles(S& s, const WeightGrad& p) {
   constexpr int kAhead = ColumnGather::kAhead;
   const int rank = cluster_rank();
   Place<S::kStages> stage;
-  Tile tile;
-  for (int i = first_pair(); find_weight_tile(p, i, tile); i += pair_step()) {
-    const int end = tile.first_row + tile.n_rows;
+  PairQueue<S> queue(s, p.counter);
+  int i = queue.first();
+  Tile tile, next;
+  bool there = find_weight_tile(p, i, tile);
+  const auto read = [&](const Tile& of, int done) {
+    if (kGather) gather.read(of.first_row + done, of.first_row + of.n_rows);
+  };
+  const auto look = [&] {  // for the next tile, long before it begins
+    i = queue.next();
+    there = find_weight_tile(p, i, next);
+    if (there) read(next, 0);
+  };
+  if (there) read(tile, 0);
+  for (; there; tile = next) {
+    if (threadIdx.x == 0) queue.ask(i);
+    if (tile.n_rows == 0) {
+      if (threadIdx.x == 0) queue.hand_on();
+      look();
+      continue;
+    }
     const int m = tile.m * kPairM + rank * kTileM, n = tile.n * kTileN;
-    if (kGather) gather.tile(tile.first_row, end, m);
-    for (int first = tile.first_row; first < end; first += kAhead * kTileK) {
-      if (kGather) gather.next_indices();
+    const int blocks = (tile.n_rows + kTileK - 1) / kTileK;
+    if (kGather) gather.at(m);
+    for (int first = 0; first < blocks; first += kAhead) {
+      if (kGather) gather.begin();
+      const bool last = first + kAhead >= blocks;
+      if (!last) read(tile, (first + kAhead) * kTileK);
 #pragma unroll
       for (int ahead = 0; ahead < kAhead; ++ahead) {
-        const int row = first + ahead * kTileK;
-        if (row >= end) break;
+        const int block = first + ahead;
+        if (block >= blocks) break;
         barrier_wait(&s.empty[stage.index], stage.phase ^ 1);
         uint64_t* full = &s.full[stage.index];
         const uint32_t a = shared_address(s.a[stage.index]), b = shared_address(s.b[stage.index]);
         if (threadIdx.x == 0) {
-          const int rows = min(end - row, kTileK);
+          const int rows = min(tile.n_rows - block * kTileK, kTileK);
+          const int end = tile.first_row + block * kTileK + rows;
           const int boxes_a = kGather ? 0 : boxes_within(m, p.m, 2);
           barrier_arrive_expecting(full, (boxes_a + boxes_within(n, p.n, 4)) * kBoxBytes);
           for (int j = 0; j < boxes_a; ++j) {
-            tma_load(a + j * kBoxBytes, p.a, full, m + j * kBoxWidth, 0, 64 - rows, row + rows);
+            tma_load(a + j * kBoxBytes, p.a, full, m + j * kBoxWidth, 0, 64 - rows, end);
           }
           // Each block loads half of b, for both.
           for (int j = rank; j < boxes_within(n, p.n, 4); j += 2) {
-            tma_load_to_both(b + j * kBoxBytes, p.b, full, n + j * kBoxWidth, 0, 64 - rows,
-                             row + rows);
+            tma_load_to_both(b + j * kBoxBytes, p.b, full, n + j * kBoxWidth, 0, 64 - rows, end);
           }
         }
         if (kGather) {
@@ -119,8 +138,10 @@ __device__ void load_weight_tiles(S& s, const WeightGrad& p) {
           gather.copy(a, ahead);
           barrier_arrive_after_copies(full);
         }
+        if (threadIdx.x == 0 && block == 0) queue.hand_on();
         __syncwarp();  // no lane may fall behind by two phases
         stage.advance();
+        if (ahead == 0 && last) look();
       }
     }
   }
@@ -197,17 +218,18 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
 #if SPARSEMOE_HOPPER
   using S = SharedForStores;
   S& s = shared<S>();
-  begin(s, kGather ? 128 : 0);
+  begin<kGather>(s);
   const int warpgroup = int(threadIdx.x / 128) - 1;
   if (warpgroup < 0) {
-    registers_lower_to<kLoadRegisters>();
+    registers_lower_to<kLoadRegisters + 16>();
     load_weight_tiles<T, kGather>(s, p);
   } else {
-    registers_raise_to<kMultiplyRegisters>();
+    registers_raise_to<kMultiplyRegisters - 8>();
     BoxStore<T, kTransposed> store(s, warpgroup);
     Place<S::kStages> stage;
+    PairQueue<S> queue(s, p.counter);
     Tile tile;
-    for (int i = first_pair(); find_weight_tile(p, i, tile); i += pair_step()) {
+    for (int i = queue.first(); find_weight_tile(p, i, tile); i = queue.next()) {
       float sum[128];
       multiply<T, true, true, kGather>(s, stage, warpgroup, (tile.n_rows + kTileK - 1) / kTileK,
                                        sum);
@@ -247,6 +269,7 @@ int weight_grad_launch(const WeightGradParams& params, void* stream) {
   const Rows& b = kTransposed ? params.a : params.b;
   const int64_t m = kTransposed ? params.n : params.m, n = kTransposed ? params.m : params.n;
   WeightGrad p{};
+  p.counter = params.counter;
   p.offsets = params.experts.offsets;
   p.n_experts = int(params.experts.n_experts), p.n_rows = int(params.experts.n_rows);
   p.m = int(m), p.n = int(n);

@@ -77,7 +77,7 @@ def ragged_plan(counts, device):
     return moe.plan(chosen, len(counts)), torch.rand(chosen.shape, device=device) + 0.5
 
 
-def near(name, actual, expected, dtype):
+def near(name, actual, expected, dtype, slack=1):
     """Row by row, so that one wrong row among many is seen. Small rows count as an average one."""
     assert actual.shape == expected.shape, name
     if not actual.numel():
@@ -88,7 +88,7 @@ def near(name, actual, expected, dtype):
     size = expected.double().flatten(0, -2).norm(dim=1)
     size = size.clamp(min=size.square().mean().sqrt().item() + 1e-30)
     worst = (error / size).max().item()
-    assert worst <= TOLERANCE[dtype], f"{name} is wrong by {worst:.2g}"
+    assert worst <= slack * TOLERANCE[dtype], f"{name} is wrong by {worst:.2g}"
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def poisoned_memory():
         torch.use_deterministic_algorithms(False)
 
 
-def check(inputs, plan, activation="swiglu", poisoned=False, **options):
+def check(inputs, plan, activation="swiglu", poisoned=False, slack=1, **options):
     """y and every gradient against the reference in float64 on the same rounded inputs."""
     dtype = inputs.x.dtype
     exact = inputs.to(torch.float64)
@@ -115,7 +115,8 @@ def check(inputs, plan, activation="swiglu", poisoned=False, **options):
     expected.backward(upstream.double())
     for (name, actual), wanted in zip(inputs.grads().items(), exact.grads().values(), strict=True):
         assert actual.dtype == getattr(inputs, name).dtype
-        near(name, actual, torch.zeros_like(actual) if wanted is None else wanted, dtype)
+        wanted = torch.zeros_like(actual) if wanted is None else wanted
+        near(name, actual, wanted, dtype, slack)
 
 
 @pytest.mark.parametrize("hidden, inner", SIZES)
@@ -179,6 +180,25 @@ def test_few_tokens(device, dtype, n_tokens):
         experts, weights = routed(n_tokens, 16, top_k, device)
         inputs = layer(n_tokens, hidden, inner, 16, device, dtype, weights)
         check(inputs, moe.plan(experts, 16))
+
+
+@pytest.mark.parametrize("activation", moe.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows(device, dtype, activation):
+    """As many as experts at most: the GPU has kernels of its own for these. A row
+    of a weight's gradient is then often of one token, whose rounding nothing averages."""
+    width = {"activation": activation, "bias": True}
+    for hidden, inner, n_tokens, top_k in ((520, 72, 4, 8), (37, 29, 5, 3), (24, 264, 1, 32)):
+        experts, weights = routed(n_tokens, 40, top_k, device)
+        inputs = layer(n_tokens, hidden, inner, 40, device, dtype, weights, **width)
+        check(inputs, moe.plan(experts, 40), activation, slack=2)
+    experts, weights = routed(6, 40, 5, device)
+    experts[1], experts[2:, 0] = -1, 7  # one expert has several rows
+    inputs = layer(6, 72, 40, 40, device, dtype, weights, **width)
+    check(inputs, moe.plan(experts, 40, capacity=3), activation, slack=2)
+    chosen = torch.randint(-1, 9, (20, 1), dtype=torch.int32, device=device)
+    inputs = layer(9, 72, 40, 20, device, dtype, torch.rand(20, 1, device=device), **width)
+    check(inputs, moe.plan_from_tokens(chosen, 9), activation, slack=2)
 
 
 @pytest.mark.parametrize("counts", [[2100, 0, 5], [1030, 90, 80, 70, 60, 1], [520, 530, 540, 510]])
