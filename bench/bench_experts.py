@@ -37,8 +37,8 @@ def up(module: Any, rows: Tensor, gate_up_proj: Tensor, plan: Any, mm: str = "gr
 
 LAYER = "x gate_up_proj down_proj experts weights"
 LEAVES = "x gate_up_proj down_proj weights"
-ROUTED = "x router gate_up_proj down_proj top_k"
-ROUTED_LEAVES = "x router gate_up_proj down_proj"
+ROUTED = "x low_router gate_up_proj down_proj top_k"
+ROUTED_LEAVES = "x low_router gate_up_proj down_proj"
 SONIC = "x low_router interleaved_proj down_proj"
 
 torch_layer = partial(layer, plain_moe)

@@ -13,7 +13,7 @@ from sparsemoe.types import Plan
 
 
 def router_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x.float(), weight)
+    return F.linear(x.float(), weight.float())
 
 
 def gate(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ namespace {
 template <class Params>
 auto cpu_of(int (*)(const Params&, void*)) -> void (*)(const Params&);
 
-// Expanded rows above so many bytes are made and summed in two parts of their columns.
-constexpr int64_t kManyBytes = int64_t(256) << 20;
+// Expanded rows above so many bytes are made and summed in two parts of their columns. The way back
+// needs more memory elsewhere, and in one part it reads its wider rows once.
+constexpr int64_t kManyBytes = int64_t(256) << 20, kManyBytesBack = int64_t(1) << 30;
 
 std::vector<int64_t> sizes_of(const OptionalTensor& tensor) {
   if (!tensor) return {0};
@@ -80,7 +81,8 @@ struct Layer : ExpertInputs {
   // The sum by token of rows @ b[e] + bias[e], for a stack b [E, K, hidden] or, by column, its
   // transpose.
   Tensor sum_of_products(const Tensor& rows, const Tensor& b, bool by_column,
-                         const OptionalTensor& bias, const OptionalTensor& by_weight) const {
+                         const OptionalTensor& bias, const OptionalTensor& by_weight,
+                         int64_t many_bytes) const {
     const Tensor y = empty({n_tokens, hidden}, type, x);
     if (by_column && few_rows(experts) && plan.map.top_k <= kFewRows) {
       TokenSumsParams p{experts, dtype, plan.map, rows.size(1), hidden};
@@ -90,7 +92,7 @@ struct Layer : ExpertInputs {
       return y;
     }
     const int64_t k = rows.size(1), item = int64_t(x.element_size());
-    const bool halve = n_rows * hidden * item > kManyBytes;
+    const bool halve = n_rows * hidden * item > many_bytes;
     const int64_t part = halve ? std::min((hidden / 2 + 255) / 256 * 256, hidden) : hidden;
     const Tensor products = new_rows(part);
     for (int64_t column = 0; column < hidden; column += part) {
@@ -149,7 +151,7 @@ std::tuple<Tensor, Tensor> experts(const Tensor& x, const Tensor& gate_up, const
   }
   const Tensor hidden = in.new_rows(in.width);
   in.first_product(keep ? &pre : nullptr, hidden, in.activation);
-  return {in.sum_of_products(hidden, in.second, true, in.down_bias, in.weights), pre};
+  return {in.sum_of_products(hidden, in.second, true, in.down_bias, in.weights, kManyBytes), pre};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
@@ -217,7 +219,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   }
   hidden.reset();
   if (need_x) {
-    grad_x = in.sum_of_products(grad_pre, in.first, false, std::nullopt, std::nullopt);
+    grad_x =
+        in.sum_of_products(grad_pre, in.first, false, std::nullopt, std::nullopt, kManyBytesBack);
   }
   if (need_gate_up) {
     grad_gate_up =

@@ -65,11 +65,14 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return grad_x.to(x.dtype), (grad.T @ x.to(grad.dtype)).to(weight.dtype)
     high, low = _terms(grad, 2)
     if weight.dtype == torch.bfloat16:
-        grad_x = torch.cat([high, low], 1) @ torch.cat([weight, weight])
+        both = torch.cat([high, low], 1)
+        grad_x = both @ torch.cat([weight, weight])
     else:  # all but low times low
         first, second = _terms(weight, 2)
-        grad_x = torch.cat([high, high, low], 1) @ torch.cat([first, second, first])
-    sums = torch.mm(torch.cat([high, low], 1).T, x, out_dtype=torch.float32)
+        three = torch.cat([high, high, low], 1)
+        grad_x = three @ torch.cat([first, second, first])
+        both = three[:, len(weight) :]
+    sums = torch.mm(both.T, x, out_dtype=torch.float32)
     return grad_x, sums.view(2, *weight.shape).sum(0).to(weight.dtype)
 
 
