@@ -24,8 +24,12 @@ struct RowsProduct {
 // Starts copies of a tile's gathered rows. Eight threads copy 128 bytes of a row.
 class RowGather {
  public:
-  __device__ RowGather(const Rows& from, int k)
-      : from_(from), k_(k), column_(threadIdx.x % 8 * 8), row_(threadIdx.x / 8) {
+  __device__ RowGather(const Rows& from, int n_rows, int k)
+      : from_(from),
+        last_row_(n_rows - 1),
+        k_(k),
+        column_(threadIdx.x % 8 * 8),
+        row_(threadIdx.x / 8) {
     offset_ = row_ * 128 + ((threadIdx.x % 8 ^ (row_ & 7)) << 4);
   }
   __device__ void begin(const Tile& tile) {
@@ -33,8 +37,8 @@ class RowGather {
     int index[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int r = min(row_ + 16 * i, tile.n_rows - 1);
-      index[i] = __ldg(from_.index + max(tile.first_row + r, 0));
+      const int r = min(row_ + 16 * i, max(tile.n_rows - 1, 0));
+      index[i] = __ldg(from_.index + min(tile.first_row + r, last_row_));
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -54,7 +58,7 @@ class RowGather {
 
  private:
   const Rows& from_;
-  int k_, column_, row_, parts_;
+  int last_row_, k_, column_, row_, parts_;
   uint32_t offset_, at_[8];
 };
 
@@ -73,7 +77,7 @@ __device__ void load_tiles(S& s, const Params& p) {
     if constexpr (!kGather) tma_prefetch(p.a);
   }
   RowTiles tiles(p.offsets, p.n_experts, p.n_rows, p.n_tiles);
-  RowGather gather(p.from, p.k);
+  RowGather gather(p.from, p.n_rows, p.k);
   Place<S::kStages> stage;
   PairQueue<S> queue(s, p.counter);
   Tile tile;

@@ -201,6 +201,18 @@ def test_few_rows(device, dtype, activation):
     check(inputs, moe.plan_from_tokens(chosen, 9), activation, slack=2)
 
 
+@pytest.mark.parametrize("hidden, inner", [(64, 520), (200, 64)])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_more_tiles_than_run_at_once(device, dtype, activation, hidden, inner):
+    """The GPU's blocks then take several each, and ask for the next."""
+    counts = [(37 * e * e + 11 * e) % 301 for e in range(60)]
+    counts[5:9], counts[20], counts[59] = [0, 64, 0, 128], 1, 40
+    plan, weights = ragged_plan(counts, device)
+    inputs = layer(sum(counts), hidden, inner, 60, device, dtype, weights, activation=activation)
+    check(inputs, plan, activation, slack=2)
+
+
 @pytest.mark.parametrize("counts", [[2100, 0, 5], [1030, 90, 80, 70, 60, 1], [520, 530, 540, 510]])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_large_experts(device, counts, recompute):
@@ -289,11 +301,12 @@ def test_no_less_exact_than_eager_code(device, dtype, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_recomputing_gives_the_same_bits_and_keeps_no_rows(device, dtype, activation):
-    experts, weights = routed(200, 5, 2, device, skew=2.0)
-    plan = moe.plan(experts, 5, capacity=150)
+@pytest.mark.parametrize("n_tokens", [200, 4])
+def test_recomputing_gives_the_same_bits_and_keeps_no_rows(device, dtype, activation, n_tokens):
+    experts, weights = routed(n_tokens, 9, 2, device, skew=2.0)
+    plan = moe.plan(experts, 9, capacity=150)
     n_rows = plan.row_token.numel()
-    inputs = layer(200, 136, 72, 5, device, dtype, weights, activation=activation, bias=True)
+    inputs = layer(n_tokens, 136, 72, 9, device, dtype, weights, activation=activation, bias=True)
     grads, kept = [], []
     for recompute in (False, True):
         shapes = []
@@ -424,10 +437,11 @@ def test_no_unset_memory_is_read(device, dtype, recompute):
         check(inputs, plan, poisoned=True, recompute=recompute)
 
 
-def test_a_row_out_of_range_is_none(device):
+@pytest.mark.parametrize("n_experts", [2, 8])
+def test_a_row_out_of_range_is_none(device, n_experts):
     """In a plan that was not made by plan(): nothing is read or written out of bounds."""
-    plan = moe.plan(torch.tensor([[0], [1], [1]], dtype=torch.int32, device=device), 2)
-    inputs = layer(3, 8, 8, 2, device, torch.float32, torch.rand(3, 1, device=device))
+    plan = moe.plan(torch.tensor([[0], [1], [1]], dtype=torch.int32, device=device), n_experts)
+    inputs = layer(3, 8, 8, n_experts, device, torch.float32, torch.rand(3, 1, device=device))
     expected = inputs.run(plan).detach()
     big = 2**30
     plan.row_token[2], plan.row_pair[2], plan.token_rows[2, 0] = big, big, big
