@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import impl, register_autograd, register_fake
+from torch.nn.functional import linear
 
 _ops = torch.ops.sparsemoe
 
@@ -49,11 +50,17 @@ def _check(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
+def plain(x: Tensor, weight: Tensor) -> Tensor:
+    """By a product of wide tensors, differentiable as such."""
     _check(x, weight)
+    dtype = _wide(x, weight)
+    return linear(x.to(dtype), weight.to(dtype))
+
+
+def _forward(x: Tensor, weight: Tensor) -> Tensor:
     if not _in_terms(x, weight):
-        dtype = _wide(x, weight)
-        return x.to(dtype) @ weight.to(dtype).T
+        return plain(x, weight)
+    _check(x, weight)
     terms = _terms(weight, 3)
     logits = torch.mm(x, torch.cat(terms).T, out_dtype=torch.float32)
     return logits if len(terms) == 1 else logits.view(len(x), 3, len(weight)).sum(1)

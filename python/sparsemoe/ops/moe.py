@@ -60,6 +60,8 @@ def router_linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [T, E], differentiable in both.
     """
+    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return _router_linear.plain(x, weight)
     return _ops.router_linear.default(x, weight)
 
 
