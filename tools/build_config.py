@@ -261,7 +261,7 @@ def compile_flags(cuda_targets: list[str], platform: str = sys.platform) -> dict
         "--expt-relaxed-constexpr",
         "-lineinfo",
         "-Xcompiler=-fvisibility=hidden",
-        # Without it Hopper's own kernels would be there and do nothing.
+        # Without it Hopper's own kernels are not taken.
         *(["-DSPARSEMOE_SM_90A"] if "sm_90a" in cuda_targets else []),
     ]
     return {"cxx": cxx, "nvcc": nvcc + gencode_flags(cuda_targets)}

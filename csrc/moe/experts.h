@@ -141,8 +141,9 @@ int clear_tail_cuda(const ClearTailParams& p, void* stream);
 
 // For few rows, whose experts are mostly different. b by column.
 constexpr int64_t kFewRows = 32;
-inline bool few_rows(const ExpertRows& experts) {
-  return experts.n_rows <= kFewRows && experts.n_rows <= experts.n_experts;
+inline bool few_rows(const ExpertRows& experts, int64_t columns) {
+  return experts.n_rows <= kFewRows && experts.n_rows <= experts.n_experts &&
+         columns < (int64_t(1) << 19);  // so that their blocks fit into a grid
 }
 int rows_product_few(const RowsProductParams& p, void* stream);
 int token_sums_few_cuda(const TokenSumsParams& p, void* stream);

@@ -84,7 +84,8 @@ struct Layer : ExpertInputs {
                          const OptionalTensor& bias, const OptionalTensor& by_weight,
                          int64_t many_bytes) const {
     const Tensor y = empty({n_tokens, hidden}, type, x);
-    if (by_column && few_rows(experts) && plan.map.top_k <= kFewRows) {
+    if (by_column && few_rows(experts, hidden) && plan.map.top_k <= kFewRows &&
+        n_tokens <= kFewRows) {
       TokenSumsParams p{experts, dtype, plan.map, rows.size(1), hidden};
       p.rows = pointer(rows), p.b = pointer(b), p.bias = pointer(bias);
       p.weights = pointer<float>(by_weight), p.y = mutable_pointer(y);
