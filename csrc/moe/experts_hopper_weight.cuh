@@ -221,7 +221,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
   begin<kGather>(s);
   const int warpgroup = int(threadIdx.x / 128) - 1;
   if (warpgroup < 0) {
-    registers_lower_to<kLoadRegisters + 16>();
+    registers_lower_to<kLoadRegisters + 16>();  // for the indices read ahead
     load_weight_tiles<T, kGather>(s, p);
   } else {
     registers_raise_to<kMultiplyRegisters - 8>();
