@@ -31,6 +31,12 @@ def routed(module: Any, x, router, gate_up_proj, down_proj, top_k: int, **option
     return layer(module, x, gate_up_proj, down_proj, experts, weights)
 
 
+def stack(module: Any, x, layers, plan, weights) -> Tensor:
+    for gate_up_proj, down_proj in layers:
+        x = module.experts(x, gate_up_proj, down_proj, plan, weights)
+    return x
+
+
 def up(module: Any, rows: Tensor, gate_up_proj: Tensor, plan: Any, mm: str = "grouped_mm") -> Any:
     return getattr(module, mm)(rows, gate_up_proj.mT, plan.offsets)
 
@@ -70,6 +76,11 @@ grouped_mm = {
 CAPTURED = ("sparsemoe", "torch", "torch, bmm", "moe-ops")
 replayed = captured({name: whole_layer[name] for name in CAPTURED})
 replayed["reference"] = whole_layer["reference"]
+four_layers = {
+    **ours(stack, "x layers plan weights"),
+    "torch": call(partial(stack, plain_moe), "x layers long_plan weights"),
+}
+four_replayed = {**captured(four_layers), "reference": four_layers["reference"]}
 
 
 def layer_bytes(inputs: Inputs) -> float:
@@ -123,6 +134,13 @@ OPS = [
         "as layer, which is replayed from a CUDA graph",
         layer_bytes,
         layer_flops,
+    ),
+    Op(
+        "4 layers, CUDA graph",
+        four_replayed,
+        "four times layer, one after the other, with weights of their own and a plan made before",
+        lambda inputs: 4 * layer_bytes(inputs),
+        lambda inputs: 4 * layer_flops(inputs),
     ),
     Op(
         "layer, forward + backward",

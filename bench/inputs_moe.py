@@ -60,7 +60,7 @@ OTHERS = [
 ]
 DECODE = [
     replace(QWEN3, name=f"Qwen3-30B-A3B decode {tokens}", tokens=tokens)
-    for tokens in (1, 8, 16, 32, 64)
+    for tokens in (1, 2, 4, 8, 16, 32, 64)
 ]
 CPU = [
     Shape("small fp32", 4096, 512, 512, 32, 4, torch.float32),
@@ -127,6 +127,12 @@ class Inputs:
     def down_proj(self) -> Tensor:
         hidden, width = self.shape.hidden, self.shape.width
         return self.random(self.num_experts, hidden, width, scale=width**-0.5)
+
+    @cached_property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """The weights of four layers, equal but each in memory of its own."""
+        first = self.gate_up_proj.detach(), self.down_proj.detach()
+        return [first, *((first[0].clone(), first[1].clone()) for _ in range(3))]
 
     @cached_property
     def logits(self) -> Tensor:

@@ -104,6 +104,19 @@ __device__ inline void fence_async_proxy() {
 
 // --- copies ---
 
+// True in one lane of a whole warp, the same each time. Where a branch depends on nothing else, the
+// compiler knows that one lane is left; else it puts a loop over lanes around each use of the TMA.
+__device__ inline bool one_lane() {
+  uint32_t chosen;
+  asm volatile(
+      "{\n .reg .pred p;\n"
+      " elect.sync _|p, %1;\n"
+      " selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(chosen)
+      : "r"(kFullWarp));
+  return chosen;
+}
+
 __device__ inline void tma_prefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

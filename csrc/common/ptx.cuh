@@ -35,6 +35,17 @@ __device__ inline void copy_async(uint32_t to, const void* from, bool clears) {
       "l"(from), "r"(uint32_t(clears))
       : "memory");
 }
+// The same of 4 bytes.
+__device__ inline void copy_async_word(uint32_t to, const void* from, bool clears) {
+  asm volatile(
+      "{\n"
+      ".reg .pred clears;\n"
+      "setp.ne.u32 clears, %2, 0;\n"
+      "cp.async.ca.shared.global [%0], [%1], 4, clears;\n"
+      "}\n" ::"r"(to),
+      "l"(from), "r"(uint32_t(clears))
+      : "memory");
+}
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all but the last kPending groups of this thread.
 template <int kPending>

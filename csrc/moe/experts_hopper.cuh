@@ -77,6 +77,7 @@ __device__ void begin(S& s) {
 struct Tile {
   int expert, first_row, n_rows;  // n_rows 0 to kTileM; of weight gradients, of the whole expert
   int m, n;                       // indices of the pair
+  bool alone;                     // this block's b is not the other's
 };
 
 // Place `i` of an expert's m_pairs * n_tiles.
@@ -92,8 +93,9 @@ __device__ inline int offset_of(const int32_t* offsets, int e, int n_rows) {
   return min(max(__ldg(offsets + e), 0), n_rows);
 }
 
-// Tiles of the rows of experts, expert by expert. Asked by whole warps, for ascending pairs; lane l
-// knows expert 32 * i + l.
+// Tiles of the rows of experts, expert by expert. Rows are dealt in parts of 64: four to a pair of
+// tiles, at the end two; where one is left, the blocks take neighbouring tiles of it. Asked by
+// whole warps, for ascending pairs; lane l knows expert 32 * i + l.
 class RowTiles {
  public:
   __device__ RowTiles(const int32_t* offsets, int n_experts, int n_rows, int n_tiles)
@@ -106,16 +108,23 @@ class RowTiles {
       const unsigned above = __ballot_sync(kFullWarp, end_ > i);
       if (above) {
         const int lane = __ffs(above) - 1;
-        const int rows = __shfl_sync(kFullWarp, rows_, lane);
-        const int pairs = pairs_of(rows);
-        place_tile(tile, i - (__shfl_sync(kFullWarp, end_, lane) - pairs * n_tiles_), pairs,
-                   n_tiles_);
+        const int rows = __shfl_sync(kFullWarp, rows_, lane), even = even_rows(rows);
+        const int pairs = (even + kPairM - 1) / kPairM * n_tiles_;
+        const int place = i - (__shfl_sync(kFullWarp, end_, lane) - pairs_of(rows));
         tile.expert = first_ + lane;
-        // The blocks share the rows of a pair, in parts of 64.
-        const int of_pair = min(rows - tile.m * kPairM, kPairM), parts = (of_pair + 63) / 64;
-        const int first = cluster_rank() ? (parts + 1) / 2 * 64 : 0;
-        tile.first_row = __shfl_sync(kFullWarp, begin_, lane) + tile.m * kPairM + first;
-        tile.n_rows = max(min(of_pair - first, (parts + 1) / 2 * 64), 0);
+        tile.first_row = __shfl_sync(kFullWarp, begin_, lane);
+        tile.alone = place >= pairs;
+        if (tile.alone) {
+          tile.n = 2 * (place - pairs) + cluster_rank();
+          tile.first_row += even;
+          tile.n_rows = tile.n < n_tiles_ ? rows - even : 0;
+        } else {
+          place_tile(tile, place, pairs / n_tiles_, n_tiles_);
+          const int of_pair = min(min(rows, even) - tile.m * kPairM, kPairM);
+          const int of_first = (of_pair + 127) / 128 * 64;
+          tile.first_row += tile.m * kPairM + (cluster_rank() ? of_first : 0);
+          tile.n_rows = cluster_rank() ? of_pair - of_first : of_first;
+        }
         return true;
       }
       if (first_ + 32 >= n_experts_) return false;
@@ -124,14 +133,19 @@ class RowTiles {
   }
 
  private:
-  __device__ static int pairs_of(int rows) { return (rows + kPairM - 1) / kPairM; }
+  // The rows of a whole number of two parts, but for those of the last that are missing.
+  __device__ static int even_rows(int rows) { return (rows + 63) / 128 * 128; }
+  __device__ int pairs_of(int rows) const {
+    const int even = even_rows(rows);
+    return (even + kPairM - 1) / kPairM * n_tiles_ + (even < rows ? (n_tiles_ + 1) / 2 : 0);
+  }
 
   __device__ void load(int first, int pairs_before) {
     first_ = first;
     const int e = first + lane_id();
     begin_ = e < n_experts_ ? offset_of(offsets_, e, n_rows_) : 0;
     rows_ = e < n_experts_ ? max(offset_of(offsets_, e + 1, n_rows_) - begin_, 0) : 0;
-    end_ = pairs_before + warp_scan(pairs_of(rows_) * n_tiles_);
+    end_ = pairs_before + warp_scan(pairs_of(rows_));
   }
 
   const int32_t* offsets_;
@@ -307,7 +321,7 @@ class WarpStore {
   // 16 rows.
   __device__ void put(const uint32_t (&v)[8][2], const CUtensorMap& map, int column, int part,
                       int row, int rows) {
-    if (lane_id() == 0) tma_store_wait_read<1>();
+    if (one_lane()) tma_store_wait_read<1>();
     __syncwarp();
     const uint32_t buffer = buffers_ + which_ * kWarpBoxBytes;
 #pragma unroll
@@ -316,7 +330,7 @@ class WarpStore {
     }
     fence_async_proxy();
     __syncwarp();
-    if (lane_id() == 0) {
+    if (one_lane()) {
       if (rows > 0) tma_store(map, buffer, column, part, 16 - rows, row + rows);
       tma_store_commit();  // one group for each call: that is what is counted above
     }
@@ -340,8 +354,9 @@ int launch(Kernel* kernel, const Params& p, int64_t pairs, void* stream) {
   return int(cudaGetLastError());
 }
 
-inline int64_t row_pairs_at_most(const ExpertRows& experts) {
-  return std::min(experts.n_rows, experts.n_rows / kPairM + experts.n_experts);
+inline int64_t row_pairs_at_most(const ExpertRows& experts, int64_t n_tiles) {
+  const int64_t some = std::min(experts.n_rows, experts.n_experts);
+  return (experts.n_rows / kPairM + some) * n_tiles + some * ((n_tiles + 1) / 2);
 }
 
 }  // namespace hopper

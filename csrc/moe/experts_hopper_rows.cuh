@@ -25,25 +25,18 @@ struct RowsProduct {
 class RowGather {
  public:
   __device__ RowGather(const Rows& from, int n_rows, int k)
-      : from_(from),
-        last_row_(n_rows - 1),
-        k_(k),
-        column_(threadIdx.x % 8 * 8),
-        row_(threadIdx.x / 8) {
-    offset_ = row_ * 128 + ((threadIdx.x % 8 ^ (row_ & 7)) << 4);
+      : from_(from), last_row_(n_rows - 1), k_(k), column_(threadIdx.x % 8 * 8) {
+    const int row = threadIdx.x / 8;
+    offset_ = row * 128 + ((threadIdx.x % 8 ^ (row & 7)) << 4);
   }
   __device__ void begin(const Tile& tile) {
     parts_ = (tile.n_rows + 63) / 64;
-    int index[8];
+    // The warp copies 32 rows: each lane finds one.
+    const int row = warp_id() * 4 + lane_id() % 4 + lane_id() / 4 * 16;
+    const int index = __ldg(from_.index + min(tile.first_row + row, last_row_));
+    const uint32_t chunk = row < tile.n_rows ? row_chunk(from_, index) : kNoRow;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int r = min(row_ + 16 * i, max(tile.n_rows - 1, 0));
-      index[i] = __ldg(from_.index + min(tile.first_row + r, last_row_));
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      at_[i] = row_ + 16 * i < tile.n_rows ? row_chunk(from_, index[i]) : kNoRow;
-    }
+    for (int i = 0; i < 8; ++i) at_[i] = __shfl_sync(kFullWarp, chunk, 4 * i + lane_id() / 8);
   }
   __device__ void copy(uint32_t to, int block) const {
     const int column = block * kTileK + column_;
@@ -58,19 +51,29 @@ class RowGather {
 
  private:
   const Rows& from_;
-  int last_row_, k_, column_, row_, parts_;
+  int last_row_, k_, column_, parts_;
   uint32_t offset_, at_[8];
 };
+
+__device__ inline void tma_load_b(const Tile& tile, uint32_t to, const CUtensorMap& b,
+                                  uint64_t* full, int c0, int c1, int c2) {
+  if (tile.alone) {
+    tma_load(to, b, full, c0, c1, c2, tile.expert);
+  } else {
+    tma_load_to_both(to, b, full, c0, c1, c2, tile.expert);
+  }
+}
 
 // The next pair of tiles is known and handed on after so many blocks of one: the answer is there.
 constexpr int kHandOnAfter = 3;
 
 // The loading warpgroup of kernels whose tiles are of rows of experts. b lies by column in two
-// boxes of 128 rows (of both halves, where kGated), by row in four of 64 columns.
-template <class T, bool kGather, bool kByColumn, bool kGated, class S, class Params>
-__device__ void load_tiles(S& s, const Params& p) {
+// boxes of 128 rows (of both halves, where kGated), by row in four of 64 columns. `more`(tile,
+// stage) loads what a tile needs besides.
+template <class T, bool kGather, bool kByColumn, bool kGated, class S, class Params, class More>
+__device__ void load_tiles(S& s, const Params& p, const More& more) {
   if (!kGather && warp_id() != 0) return;
-  const bool starts_tma = threadIdx.x == 0;
+  const bool tma_warp = warp_id() == 0, starts_tma = threadIdx.x == 0;
   const int rank = cluster_rank();
   if (starts_tma) {
     tma_prefetch(p.b);
@@ -88,25 +91,32 @@ __device__ void load_tiles(S& s, const Params& p) {
       barrier_wait(&s.empty[stage.index], stage.phase ^ 1);
       uint64_t* full = &s.full[stage.index];
       const uint32_t a = shared_address(s.a[stage.index]), b = shared_address(s.b[stage.index]);
-      if (starts_tma) {
+      if (tma_warp && one_lane()) {
         const int k = block * kTileK, parts = kGather ? 0 : (tile.n_rows + 63) / 64;
         const int n = tile.n * (kGated ? kTileN / 2 : kTileN);
-        const int halves = kGated || n + kTileN / 2 < p.width ? 2 : 1;  // of b that hold anything
+        int halves = kGated || n + kTileN / 2 < p.width ? 2 : 1;  // of b that hold anything
+        if (tile.alone && tile.n_rows == 0) halves = 0;
         barrier_arrive_expecting(full, halves * (kBytesB / 2) + parts * kBoxBytes);
         if constexpr (!kGather) {
-          for (int j = 0; j < parts; ++j) {
-            tma_load(a + j * kBoxBytes, p.a, full, k, tile.first_row + 64 * j, 0, 0);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            if (j < parts) tma_load(a + j * kBoxBytes, p.a, full, k, tile.first_row + 64 * j, 0, 0);
           }
         }
-        // Each block loads its half, for both.
-        const uint32_t half = b + rank * (kBytesB / 2);
-        if (rank < halves && kByColumn) {
-          tma_load_to_both(half, p.b, full, k, kGated ? n : n + rank * 128, kGated ? rank : 0,
-                           tile.expert);
-        } else if (rank < halves) {
-          const int column = n + rank * 128;
-          tma_load_to_both(half, p.b, full, column, k, 0, tile.expert);
-          tma_load_to_both(half + kBoxBytes, p.b, full, column + kBoxWidth, k, 0, tile.expert);
+        // Each block loads its half, for both, or all.
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int half = i ^ rank;
+          if (i == 1 && !tile.alone) break;
+          if (half >= halves) continue;
+          const uint32_t to = b + half * (kBytesB / 2);
+          const int column = kGated ? n : n + half * 128, part = kGated ? half : 0;
+          if (kByColumn) {
+            tma_load_b(tile, to, p.b, full, k, column, part);
+          } else {
+            tma_load_b(tile, to, p.b, full, column, k, 0);
+            tma_load_b(tile, to + kBoxBytes, p.b, full, column + kBoxWidth, k, 0);
+          }
         }
       }
       if (kGather) {
@@ -117,6 +127,7 @@ __device__ void load_tiles(S& s, const Params& p) {
       __syncwarp();  // no lane may fall behind by two phases
       stage.advance();
     }
+    more(tile, stage);
   }
 }
 
@@ -181,7 +192,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
   const int warpgroup = int(threadIdx.x / 128) - 1;
   if (warpgroup < 0) {
     registers_lower_to<kLoadRegisters>();
-    load_tiles<T, kGather, kByColumn, kGated>(s, p);
+    load_tiles<T, kGather, kByColumn, kGated>(s, p, [](const Tile&, Place<S::kStages>&) {});
   } else {
     registers_raise_to<kMultiplyRegisters>();
     RowTiles tiles(p.offsets, p.n_experts, p.n_rows, p.n_tiles);
@@ -211,7 +222,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
         store_tile<Activation::none, T, false>(p, tile, row, own_rows, sum, store);
       }
     }
-    if (lane_id() == 0) tma_store_wait_read<0>();
+    if (one_lane()) tma_store_wait_read<0>();
   }
   cluster_sync();  // the other block may still arrive here, or send
 #else
@@ -256,7 +267,7 @@ int rows_product_launch(const RowsProductParams& params, void* stream) {
                                   params.out_stride, 16);
   if (!made) return kNotTaken;
   return launch<SharedForStores>(rows_product_kernel<T, kGather, kByColumn, kGated>, p,
-                                 row_pairs_at_most(params.experts) * p.n_tiles, stream);
+                                 row_pairs_at_most(params.experts, p.n_tiles), stream);
 }
 
 }  // namespace hopper

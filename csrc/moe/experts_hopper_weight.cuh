@@ -120,16 +120,22 @@ __device__ void load_weight_tiles(S& s, const WeightGrad& p) {
         barrier_wait(&s.empty[stage.index], stage.phase ^ 1);
         uint64_t* full = &s.full[stage.index];
         const uint32_t a = shared_address(s.a[stage.index]), b = shared_address(s.b[stage.index]);
-        if (threadIdx.x == 0) {
+        if (warp_id() == 0 && one_lane()) {
           const int rows = min(tile.n_rows - block * kTileK, kTileK);
           const int end = tile.first_row + block * kTileK + rows;
           const int boxes_a = kGather ? 0 : boxes_within(m, p.m, 2);
-          barrier_arrive_expecting(full, (boxes_a + boxes_within(n, p.n, 4)) * kBoxBytes);
-          for (int j = 0; j < boxes_a; ++j) {
+          const int boxes_b = boxes_within(n, p.n, 4);
+          barrier_arrive_expecting(full, (boxes_a + boxes_b) * kBoxBytes);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            if (j >= boxes_a) break;
             tma_load(a + j * kBoxBytes, p.a, full, m + j * kBoxWidth, 0, 64 - rows, end);
           }
           // Each block loads half of b, for both.
-          for (int j = rank; j < boxes_within(n, p.n, 4); j += 2) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int j = rank + 2 * i;
+            if (j >= boxes_b) break;
             tma_load_to_both(b + j * kBoxBytes, p.b, full, n + j * kBoxWidth, 0, 64 - rows, end);
           }
         }
@@ -160,8 +166,8 @@ class BoxStore {
   // v[j][h]: columns 8 j + 2 (lane % 4) and the next, of row 8 h + lane / 4 of the warp's 16.
   __device__ void put(const uint32_t (&v)[8][2], const CUtensorMap& map, int c0, int c1, int c2,
                       int c3) {
-    const bool leads = threadIdx.x % 128 == 0;
-    if (leads) tma_store_wait_read<1>();
+    const bool leads = warp_id() % 4 == 0;
+    if (leads && one_lane()) tma_store_wait_read<1>();
     named_barrier(barrier_, 128);
     const uint32_t buffer = buffers_ + which_ * kBoxBytes;
 #pragma unroll
@@ -175,7 +181,7 @@ class BoxStore {
     }
     fence_async_proxy();
     named_barrier(barrier_, 128);
-    if (leads) {
+    if (leads && one_lane()) {
       tma_store(map, buffer, c0, c1, c2, c3);
       tma_store_commit();
     }
@@ -255,7 +261,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
         store.put(box, p.out, kTransposed ? m : column, kTransposed ? column : m, 0, tile.expert);
       }
     }
-    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
+    if (warp_id() % 4 == 0 && one_lane()) tma_store_wait_read<0>();
   }
   cluster_sync();  // the other block may still arrive here, or send
 #else
