@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -158,6 +160,8 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         found["load before"] = os.getloadavg()[0]  # anything above 0 disturbs
         found["copy of 1 GiB, GB/s"] = round(copy_rate(2**31) / 1e9, 1)
         found["matmul 2048^3 fp32, GFLOP/s"] = round(matmul_rate(torch.float32) / 1e9, 1)
+    first = _output(sys.executable, "-m", "bench.first_call")
+    found["first forward + backward of nn.MoE in a new process, s"] = first
     for name in ("triton", "moe-ops", "liger-kernel", "scattermoe", "sonic-moe"):
         try:
             found[name] = importlib.metadata.version(name)
@@ -177,7 +181,7 @@ def _cpu_name() -> str:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip().splitlines()[0]
