@@ -76,11 +76,11 @@ grouped_mm = {
 CAPTURED = ("sparsemoe", "torch", "torch, bmm", "moe-ops")
 replayed = captured({name: whole_layer[name] for name in CAPTURED})
 replayed["reference"] = whole_layer["reference"]
-four_layers = {
+eight_layers = {
     **ours(stack, "x layers plan weights"),
     "torch": call(partial(stack, plain_moe), "x layers long_plan weights"),
 }
-four_replayed = {**captured(four_layers), "reference": four_layers["reference"]}
+eight_replayed = {**captured(eight_layers), "reference": eight_layers["reference"]}
 
 
 def layer_bytes(inputs: Inputs) -> float:
@@ -136,11 +136,11 @@ OPS = [
         layer_flops,
     ),
     Op(
-        "4 layers, CUDA graph",
-        four_replayed,
-        "four times layer, one after the other, with weights of their own and a plan made before",
-        lambda inputs: 4 * layer_bytes(inputs),
-        lambda inputs: 4 * layer_flops(inputs),
+        "8 layers, CUDA graph",
+        eight_replayed,
+        "eight times layer, one after the other, with weights of their own and a plan made before",
+        lambda inputs: 8 * layer_bytes(inputs),
+        lambda inputs: 8 * layer_flops(inputs),
     ),
     Op(
         "layer, forward + backward",

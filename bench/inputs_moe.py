@@ -130,9 +130,9 @@ class Inputs:
 
     @cached_property
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """The weights of four layers, equal but each in memory of its own."""
+        """The weights of eight layers, equal but each in memory of its own."""
         first = self.gate_up_proj.detach(), self.down_proj.detach()
-        return [first, *((first[0].clone(), first[1].clone()) for _ in range(3))]
+        return [first, *((first[0].clone(), first[1].clone()) for _ in range(7))]
 
     @cached_property
     def logits(self) -> Tensor:

@@ -104,8 +104,9 @@ __device__ inline void fence_async_proxy() {
 
 // --- copies ---
 
-// True in one lane of a whole warp, the same each time. Where a branch depends on nothing else, the
-// compiler knows that one lane is left; else it puts a loop over lanes around each use of the TMA.
+// True in one lane, the same each time. Asked by whole warps. Where a branch depends on nothing
+// else that differs between lanes, the compiler knows that one is left; else it puts a loop over
+// lanes around each use of the TMA.
 __device__ inline bool one_lane() {
   uint32_t chosen;
   asm volatile(

@@ -4,9 +4,9 @@
 // A block has three warpgroups. The first keeps stages of both operands coming: by the TMA, or by
 // 16-byte copies where rows are gathered by index. The other two multiply, 64 rows of the tile
 // each, and store their results; they never wait for each other, so that one stores while the other
-// multiplies. Two blocks make a cluster, whose tiles lie one above the other: each loads half of
-// the b that both need. Clusters are persistent, and take the next pair of tiles when they are
-// free.
+// multiplies. Two blocks make a cluster, whose tiles lie one above the other (but see RowTiles):
+// each loads half of the b that both need. Clusters are persistent, and take the next pair of tiles
+// when they are free.
 #pragma once
 
 #include "common/hopper.cuh"
@@ -17,7 +17,7 @@ namespace sparsemoe {
 namespace hopper {
 
 constexpr int kTileM = 128, kTileN = 256, kTileK = 64;
-constexpr int kThreads = 384;
+constexpr int kThreads = 384, kStages = 4;
 // Of a thread of the loading warpgroup, and of the others.
 constexpr int kLoadRegisters = 56, kMultiplyRegisters = 224;
 constexpr int kBoxElements = 64 * kBoxWidth, kBoxBytes = 2 * kBoxElements;
@@ -27,22 +27,18 @@ constexpr uint32_t kBytesA = 2 * kTileM * kTileK, kBytesB = 2 * kTileN * kTileK;
 constexpr int kPairM = 2 * kTileM;
 constexpr int kGroupM = 8;
 
-template <int kStages_, int kBoxes>
 struct Shared {
-  static constexpr int kStages = kStages_;
   uint16_t a[kStages][kTileM * kTileK];
   uint16_t b[kStages][kTileN * kTileK];
-  uint16_t boxes[2][kBoxes][kBoxElements];  // of each multiplying warpgroup
+  uint16_t boxes[2][2][kBoxElements];  // of each multiplying warpgroup
   uint64_t full[kStages], empty[kStages];
   int next[2];  // pairs of tiles
   uint64_t next_full[2], next_empty[2];
 };
-using SharedForStores = Shared<4, 2>;
 
-template <class S>
-__device__ S& shared() {
+__device__ inline Shared& shared() {
   extern __shared__ __align__(1024) unsigned char memory[];
-  return *reinterpret_cast<S*>(memory);
+  return *reinterpret_cast<Shared*>(memory);
 }
 
 // A place in a ring of N buffers.
@@ -55,11 +51,13 @@ struct Place {
   }
 };
 
+using Stage = Place<kStages>;
+
 // With kCopied, all threads of the loading warpgroup fill a stage, otherwise one.
-template <bool kCopied, class S>
-__device__ void begin(S& s) {
+template <bool kCopied>
+__device__ void begin(Shared& s) {
   if (threadIdx.x == 0) {
-    for (int i = 0; i < S::kStages; ++i) {
+    for (int i = 0; i < kStages; ++i) {
       barrier_init(&s.full[i], kCopied ? 1 + 128 : 1);
       barrier_init(&s.empty[i], 16);  // the multiplying warps of the cluster
     }
@@ -77,7 +75,7 @@ __device__ void begin(S& s) {
 struct Tile {
   int expert, first_row, n_rows;  // n_rows 0 to kTileM; of weight gradients, of the whole expert
   int m, n;                       // indices of the pair
-  bool alone;                     // this block's b is not the other's
+  bool alone;                     // b is not the other block's: n is this tile's own, m not set
 };
 
 // Place `i` of an expert's m_pairs * n_tiles.
@@ -133,7 +131,8 @@ class RowTiles {
   }
 
  private:
-  // The rows of a whole number of two parts, but for those of the last that are missing.
+  // Rows in whole twos of parts, those that the last lacks included: less than `rows` where one
+  // part is left.
   __device__ static int even_rows(int rows) { return (rows + 63) / 128 * 128; }
   __device__ int pairs_of(int rows) const {
     const int even = even_rows(rows);
@@ -156,10 +155,9 @@ class RowTiles {
 // The pairs of tiles that a cluster takes: first that of its number, then whichever is next when it
 // asks. So all clusters work on neighbouring pairs, and what these share is in the L2. Without a
 // counter a cluster takes every n-th; the clusters then drift apart.
-template <class S>
 class PairQueue {
  public:
-  __device__ PairQueue(S& s, int32_t* counter) : s_(s), counter_(counter) {}
+  __device__ PairQueue(Shared& s, int32_t* counter) : s_(s), counter_(counter) {}
   __device__ static int first() { return blockIdx.x / 2; }
 
   // One thread of each block asks at the start of a pair for the one after it, and hands that on
@@ -190,7 +188,7 @@ class PairQueue {
   }
 
  private:
-  S& s_;
+  Shared& s_;
   int32_t* counter_;
   int asked_ = 0;
   Place<2> in_, out_;
@@ -228,15 +226,13 @@ __device__ inline int boxes_within(int first, int columns, int boxes) {
 }
 
 // Tells both blocks that this warp has read a stage.
-template <class S>
-__device__ void release(S& s, int stage) {
+__device__ inline void release(Shared& s, int stage) {
   if (lane_id() < 2) barrier_arrive_at(&s.empty[stage], lane_id());
 }
 
 // The sum over `blocks` stages of 64 x kTileN products. With kCopied, stages were filled by copies.
-template <class T, bool kTransA, bool kTransB, bool kCopied, class S>
-__device__ void multiply(S& s, Place<S::kStages>& stage, int warpgroup, int blocks,
-                         float (&sum)[128]) {
+template <class T, bool kTransA, bool kTransB, bool kCopied>
+__device__ void multiply(Shared& s, Stage& stage, int warpgroup, int blocks, float (&sum)[128]) {
   int previous = -1;
   for (int block = 0; block < blocks; ++block) {
     barrier_wait(&s.full[stage.index], stage.phase);
@@ -262,8 +258,7 @@ __device__ void multiply(S& s, Place<S::kStages>& stage, int warpgroup, int bloc
 }
 
 // As many stages, by a warpgroup that has no rows of the tile.
-template <class S>
-__device__ void skip(S& s, Place<S::kStages>& stage, int blocks) {
+__device__ inline void skip(Shared& s, Stage& stage, int blocks) {
   for (int block = 0; block < blocks; ++block) {
     barrier_wait(&s.full[stage.index], stage.phase);
     __syncwarp();
@@ -289,25 +284,23 @@ __device__ inline void pack_box(const float* sum, uint32_t (&box)[8][2]) {
   }
 }
 
-// Where lane l's row of the matrices of columns 0..15 of a box lies; of columns 8 j on, at ^ (j <<
-// 4), j even. Four matrices: rows 0..7 and 8..15 of the warp's 16, and the same 8 columns on.
-__device__ inline uint32_t matrices_in_box() {
-  const int lane = lane_id(), row = warp_id() % 4 * 16 + lane / 8 % 2 * 8 + lane % 8;
+// A warp's part of a box: 16 rows x 64 columns.
+constexpr int kWarpBoxBytes = 16 * 128;
+
+// Where lane l's row of the matrices of columns 0..15 of that part lies; of columns 8 j on, at ^ (j
+// << 4), j even. Four matrices: rows 0..7 and 8..15, and the same 8 columns on.
+__device__ inline uint32_t matrices_in_warp_box() {
+  const int lane = lane_id(), row = lane % 16;
   return row * 128 + ((lane / 16 ^ (row & 7)) << 4);
+}
+// The same in the whole box.
+__device__ inline uint32_t matrices_in_box() {
+  return warp_id() % 4 * kWarpBoxBytes + matrices_in_warp_box();
 }
 // The same in a transposed box, whose rows are columns; of columns 8 j on, at + j * 1024.
 __device__ inline uint32_t matrices_in_transposed_box() {
   const int lane = lane_id(), row = lane / 16 * 8 + lane % 8;
   return row * 128 + ((warp_id() % 4 * 2 + lane / 8 % 2 ^ (lane % 8)) << 4);
-}
-
-// A warp's part of a box: 16 rows x 64 columns.
-constexpr int kWarpBoxBytes = 16 * 128;
-
-// As matrices_in_box, within the warp's 16 rows.
-__device__ inline uint32_t matrices_in_warp_box() {
-  const int lane = lane_id(), row = lane % 16;
-  return row * 128 + ((lane / 16 ^ (row & 7)) << 4);
 }
 
 // Sends a warp's results to device memory through two buffers, without waiting for another warp.
@@ -344,13 +337,13 @@ class WarpStore {
 
 // --- launching ---
 
-template <class S, class Kernel, class Params>
+template <class Kernel, class Params>
 int launch(Kernel* kernel, const Params& p, int64_t pairs, void* stream) {
   cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(S));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return int(error);
   const unsigned clusters = unsigned(std::min<int64_t>(pairs, std::max(multiprocessors() / 2, 1)));
-  kernel<<<2 * clusters, kThreads, sizeof(S), cudaStream_t(stream)>>>(p);
+  kernel<<<2 * clusters, kThreads, sizeof(Shared), cudaStream_t(stream)>>>(p);
   return int(cudaGetLastError());
 }
 

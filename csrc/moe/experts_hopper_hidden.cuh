@@ -11,7 +11,7 @@ struct HiddenBackward {
   int32_t* counter;
   const int32_t* offsets;
   int n_experts, n_rows, n_tiles;
-  int blocks, pre_blocks;  // stages of products, and of pre, of a tile
+  int blocks, pre_blocks;  // stages of products, and of pre, of any tile: both blocks count alike
   int k, width;
   Rows from;
   Activation activation;
@@ -25,10 +25,9 @@ static_assert(kInnerColumns == kTileN);
 // Once the operands of a tile are on their way, its pre follows through the stages of b: 64 columns
 // of each part in one, in two boxes of 64 rows. The first of these stages has the rows' weights in
 // place of a.
-template <bool kGated, class S>
-__device__ void load_pre(S& s, const HiddenBackward& p, const Tile& tile,
-                         Place<S::kStages>& stage) {
-  const int own = int(threadIdx.x);
+template <bool kGated>
+__device__ void load_pre(Shared& s, const HiddenBackward& p, const Tile& tile, Stage& stage) {
+  const int own = int(threadIdx.x);  // row of the tile
   const int pair = p.weights && own < tile.n_rows ? __ldg(p.row_pair + tile.first_row + own) : -1;
   const bool has_weight = uint32_t(pair) < uint64_t(p.n_pairs);
   const float* weight = p.weights + (has_weight ? pair : 0);
@@ -36,7 +35,7 @@ __device__ void load_pre(S& s, const HiddenBackward& p, const Tile& tile,
     barrier_wait(&s.empty[stage.index], stage.phase ^ 1);
     uint64_t* full = &s.full[stage.index];
     if (c == 0 && p.weights) {
-      copy_async_word(shared_address(s.a[stage.index]) + 4 * threadIdx.x, weight, !has_weight);
+      copy_async_word(shared_address(s.a[stage.index]) + 4 * own, weight, !has_weight);
     }
     if (warp_id() == 0 && one_lane()) {
       const uint32_t to = shared_address(s.b[stage.index]);
@@ -66,10 +65,10 @@ __device__ inline void floats_of_pair(uint32_t pair, float (&v)[2]) {
 
 // What a multiplying warp does after the products of a tile: 16 rows, 64 columns at a time, where
 // pre becomes its gradient in place.
-template <class T, bool kGated, class S>
+template <class T, bool kGated>
 class HiddenStore {
  public:
-  __device__ HiddenStore(S& s, const HiddenBackward& p, int warpgroup)
+  __device__ HiddenStore(Shared& s, const HiddenBackward& p, int warpgroup)
       : s_(s), p_(p), matrices_(matrices_in_warp_box()) {
     const int warp = warp_id() % 4;
     in_stage_ = warpgroup * kBoxBytes + warp * kWarpBoxBytes;
@@ -80,7 +79,7 @@ class HiddenStore {
   // `row` is the first of the warp's `rows`. Adds to `inner`, of this thread's two.
   template <Activation A>
   __device__ void store(const Tile& tile, int row, int rows, const float (&sum)[128],
-                        float (&inner)[2], Place<S::kStages>& stage) {
+                        float (&inner)[2], Stage& stage) {
     int previous = 0;
     float weight[2] = {1, 1};
 #pragma unroll
@@ -92,10 +91,11 @@ class HiddenStore {
         weight[0] = weights[0], weight[1] = weights[8];
       }
       const int column = tile.n * kTileN + c * kBoxWidth;
-      if (column < p_.width) {
-        const uint32_t gate_box = shared_address(s_.b[stage.index]) + in_stage_;
-        const uint32_t up_box = gate_box + 2 * kBoxBytes;
-        const uint32_t hidden_box = hidden_ + c % 2 * kWarpBoxBytes;
+      const bool inside = column < p_.width;
+      const uint32_t gate_box = shared_address(s_.b[stage.index]) + in_stage_;
+      const uint32_t up_box = gate_box + 2 * kBoxBytes;
+      const uint32_t hidden_box = hidden_ + c % 2 * kWarpBoxBytes;
+      if (inside) {
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
           const uint32_t at = matrices_ ^ (j << 4);
@@ -129,14 +129,14 @@ class HiddenStore {
           store_matrices(hidden_box + at, hidden);
         }
         fence_async_proxy();
-        __syncwarp();
-        if (rows > 0 && one_lane()) {
+      }
+      __syncwarp();
+      if (one_lane()) {
+        if (inside && rows > 0) {
           tma_store(p_.grad_pre, gate_box, column, 0, 16 - rows, row + rows);
           if (kGated) tma_store(p_.grad_pre, up_box, column, 1, 16 - rows, row + rows);
           tma_store(p_.hidden, hidden_box, column, 0, 16 - rows, row + rows);
         }
-      }
-      if (one_lane()) {
         tma_store_commit();  // one group each time, empty or not: that is what is counted
         tma_store_wait_read<1>();
       }
@@ -151,7 +151,7 @@ class HiddenStore {
   }
 
  private:
-  S& s_;
+  Shared& s_;
   const HiddenBackward& p_;
   uint32_t matrices_, in_stage_, hidden_;
   int own_row_;
@@ -161,22 +161,20 @@ template <class T, bool kGated>
 __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     hidden_backward_kernel(const __grid_constant__ HiddenBackward p) {
 #if SPARSEMOE_HOPPER
-  using S = SharedForStores;
-  S& s = shared<S>();
+  Shared& s = shared();
   begin<true>(s);
   const int warpgroup = int(threadIdx.x / 128) - 1;
   if (warpgroup < 0) {
     registers_lower_to<kLoadRegisters>();
-    load_tiles<T, true, false, false>(s, p, [&](const Tile& tile, Place<S::kStages>& stage) {
-      load_pre<kGated>(s, p, tile, stage);
-    });
+    load_tiles<T, true, false, false>(
+        s, p, [&](const Tile& tile, Stage& stage) { load_pre<kGated>(s, p, tile, stage); });
   } else {
     registers_raise_to<kMultiplyRegisters>();
     RowTiles tiles(p.offsets, p.n_experts, p.n_rows, p.n_tiles);
-    const int warp = warp_id() % 4, own_row = lane_id() / 4;
-    HiddenStore<T, kGated, S> store(s, p, warpgroup);
-    Place<S::kStages> stage;
-    PairQueue<S> queue(s, p.counter);
+    const int warp = warp_id() % 4;
+    HiddenStore<T, kGated> store(s, p, warpgroup);
+    Stage stage;
+    PairQueue queue(s, p.counter);
     Tile tile;
     for (int i = queue.first(); tiles.find(i, tile); i = queue.next()) {
       if (tile.n_rows <= warpgroup * 64) {
@@ -197,7 +195,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
       if (p.inner) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int r = own_row + 8 * h;
+          const int r = lane_id() / 4 + 8 * h;
           inner[h] += __shfl_xor_sync(kFullWarp, inner[h], 1);
           inner[h] += __shfl_xor_sync(kFullWarp, inner[h], 2);
           if (lane_id() % 4 == 0 && r < rows) {
@@ -235,9 +233,9 @@ int hidden_backward_launch(const HiddenBackwardParams& params, void* stream) {
                     make_row_run_map(&p.grad_pre, params.dtype, params.grad_pre, p.n_rows, f, parts,
                                      f * parts, 16) &&
                     make_row_run_map(&p.hidden, params.dtype, params.hidden, p.n_rows, f, 1, f, 16);
-  if (!made) return kNotTaken;
-  return launch<SharedForStores>(hidden_backward_kernel<T, kGated>, p,
-                                 row_pairs_at_most(params.experts, p.n_tiles), stream);
+  if (!made || params.activation == Activation::none) return kNotTaken;
+  return launch(hidden_backward_kernel<T, kGated>, p, row_pairs_at_most(params.experts, p.n_tiles),
+                stream);
 }
 
 }  // namespace hopper

@@ -70,32 +70,32 @@ constexpr int kHandOnAfter = 3;
 // The loading warpgroup of kernels whose tiles are of rows of experts. b lies by column in two
 // boxes of 128 rows (of both halves, where kGated), by row in four of 64 columns. `more`(tile,
 // stage) loads what a tile needs besides.
-template <class T, bool kGather, bool kByColumn, bool kGated, class S, class Params, class More>
-__device__ void load_tiles(S& s, const Params& p, const More& more) {
+template <class T, bool kGather, bool kByColumn, bool kGated, class Params, class More>
+__device__ void load_tiles(Shared& s, const Params& p, const More& more) {
   if (!kGather && warp_id() != 0) return;
-  const bool tma_warp = warp_id() == 0, starts_tma = threadIdx.x == 0;
+  const bool first_warp = warp_id() == 0, first_thread = threadIdx.x == 0;
   const int rank = cluster_rank();
-  if (starts_tma) {
+  if (first_thread) {
     tma_prefetch(p.b);
     if constexpr (!kGather) tma_prefetch(p.a);
   }
   RowTiles tiles(p.offsets, p.n_experts, p.n_rows, p.n_tiles);
   RowGather gather(p.from, p.n_rows, p.k);
-  Place<S::kStages> stage;
-  PairQueue<S> queue(s, p.counter);
+  Stage stage;
+  PairQueue queue(s, p.counter);
   Tile tile;
   for (int i = queue.first(); tiles.find(i, tile); i = queue.next()) {
-    if (starts_tma) queue.ask(i);
+    if (first_thread) queue.ask(i);
     if (kGather) gather.begin(tile);
     for (int block = 0; block < p.blocks; ++block) {
       barrier_wait(&s.empty[stage.index], stage.phase ^ 1);
       uint64_t* full = &s.full[stage.index];
       const uint32_t a = shared_address(s.a[stage.index]), b = shared_address(s.b[stage.index]);
-      if (tma_warp && one_lane()) {
+      if (first_warp && one_lane()) {
         const int k = block * kTileK, parts = kGather ? 0 : (tile.n_rows + 63) / 64;
         const int n = tile.n * (kGated ? kTileN / 2 : kTileN);
         int halves = kGated || n + kTileN / 2 < p.width ? 2 : 1;  // of b that hold anything
-        if (tile.alone && tile.n_rows == 0) halves = 0;
+        if (tile.n_rows == 0) halves = 0;
         barrier_arrive_expecting(full, halves * (kBytesB / 2) + parts * kBoxBytes);
         if constexpr (!kGather) {
 #pragma unroll
@@ -105,10 +105,8 @@ __device__ void load_tiles(S& s, const Params& p, const More& more) {
         }
         // Each block loads its half, for both, or all.
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int half = i ^ rank;
-          if (i == 1 && !tile.alone) break;
-          if (half >= halves) continue;
+        for (int half = 0; half < 2; ++half) {
+          if (half >= halves || (half != rank && !tile.alone)) continue;
           const uint32_t to = b + half * (kBytesB / 2);
           const int column = kGated ? n : n + half * 128, part = kGated ? half : 0;
           if (kByColumn) {
@@ -123,7 +121,7 @@ __device__ void load_tiles(S& s, const Params& p, const More& more) {
         gather.copy(a, block);
         barrier_arrive_after_copies(full);
       }
-      if (starts_tma && block == min(kHandOnAfter, p.blocks - 1)) queue.hand_on();
+      if (first_thread && block == min(kHandOnAfter, p.blocks - 1)) queue.hand_on();
       __syncwarp();  // no lane may fall behind by two phases
       stage.advance();
     }
@@ -186,20 +184,19 @@ template <class T, bool kGather, bool kByColumn, bool kGated>
 __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     rows_product_kernel(const __grid_constant__ RowsProduct p) {
 #if SPARSEMOE_HOPPER
-  using S = SharedForStores;
-  S& s = shared<S>();
+  Shared& s = shared();
   begin<kGather>(s);
   const int warpgroup = int(threadIdx.x / 128) - 1;
   if (warpgroup < 0) {
     registers_lower_to<kLoadRegisters>();
-    load_tiles<T, kGather, kByColumn, kGated>(s, p, [](const Tile&, Place<S::kStages>&) {});
+    load_tiles<T, kGather, kByColumn, kGated>(s, p, [](const Tile&, Stage&) {});
   } else {
     registers_raise_to<kMultiplyRegisters>();
     RowTiles tiles(p.offsets, p.n_experts, p.n_rows, p.n_tiles);
     const int warp = warp_id() % 4;
     WarpStore<T> store(shared_address(s.boxes[warpgroup]) + warp * 2 * kWarpBoxBytes);
-    Place<S::kStages> stage;
-    PairQueue<S> queue(s, p.counter);
+    Stage stage;
+    PairQueue queue(s, p.counter);
     Tile tile;
     for (int i = queue.first(); tiles.find(i, tile); i = queue.next()) {
       const int rows = min(tile.n_rows - warpgroup * 64, 64);
@@ -266,8 +263,8 @@ int rows_product_launch(const RowsProductParams& params, void* stream) {
   made = made && make_row_run_map(&p.out, params.dtype, params.out, p.n_rows, width, 1,
                                   params.out_stride, 16);
   if (!made) return kNotTaken;
-  return launch<SharedForStores>(rows_product_kernel<T, kGather, kByColumn, kGated>, p,
-                                 row_pairs_at_most(params.experts, p.n_tiles), stream);
+  return launch(rows_product_kernel<T, kGather, kByColumn, kGated>, p,
+                row_pairs_at_most(params.experts, p.n_tiles), stream);
 }
 
 }  // namespace hopper

@@ -79,14 +79,14 @@ class ColumnGather {
   int later_[2 * kAhead];
 };
 
-template <class T, bool kGather, class S>
-__device__ void load_weight_tiles(S& s, const WeightGrad& p) {
+template <class T, bool kGather>
+__device__ void load_weight_tiles(Shared& s, const WeightGrad& p) {
   if (!kGather && warp_id() != 0) return;
   ColumnGather gather(p.from, p.m);
   constexpr int kAhead = ColumnGather::kAhead;
   const int rank = cluster_rank();
-  Place<S::kStages> stage;
-  PairQueue<S> queue(s, p.counter);
+  Stage stage;
+  PairQueue queue(s, p.counter);
   int i = queue.first();
   Tile tile, next;
   bool there = find_weight_tile(p, i, tile);
@@ -157,8 +157,7 @@ __device__ void load_weight_tiles(S& s, const WeightGrad& p) {
 template <class T, bool kTransposed>
 class BoxStore {
  public:
-  template <class S>
-  __device__ BoxStore(S& s, int warpgroup)
+  __device__ BoxStore(Shared& s, int warpgroup)
       : buffers_(shared_address(s.boxes[warpgroup])), barrier_(1 + warpgroup) {
     matrices_ = kTransposed ? matrices_in_transposed_box() : matrices_in_box();
   }
@@ -222,8 +221,7 @@ template <class T, bool kGather, bool kTransposed>
 __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     weight_grad_kernel(const __grid_constant__ WeightGrad p) {
 #if SPARSEMOE_HOPPER
-  using S = SharedForStores;
-  S& s = shared<S>();
+  Shared& s = shared();
   begin<kGather>(s);
   const int warpgroup = int(threadIdx.x / 128) - 1;
   if (warpgroup < 0) {
@@ -232,8 +230,8 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
   } else {
     registers_raise_to<kMultiplyRegisters - 8>();
     BoxStore<T, kTransposed> store(s, warpgroup);
-    Place<S::kStages> stage;
-    PairQueue<S> queue(s, p.counter);
+    Stage stage;
+    PairQueue queue(s, p.counter);
     Tile tile;
     for (int i = queue.first(); find_weight_tile(p, i, tile); i = queue.next()) {
       float sum[128];
@@ -292,8 +290,8 @@ int weight_grad_launch(const WeightGradParams& params, void* stream) {
                            {params.n, params.m * params.n, params.m * params.n}, 64);
   }
   if (!made) return kNotTaken;
-  return launch<SharedForStores>(weight_grad_kernel<T, kGather, kTransposed>, p,
-                                 params.experts.n_experts * p.m_pairs * p.n_tiles, stream);
+  return launch(weight_grad_kernel<T, kGather, kTransposed>, p,
+                params.experts.n_experts * p.m_pairs * p.n_tiles, stream);
 }
 
 }  // namespace hopper
