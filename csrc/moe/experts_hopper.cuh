@@ -196,8 +196,7 @@ class PairQueue {
 
 // --- gathering rows ---
 
-// Where row `at` of from.data begins, in chunks of 16 bytes. Indices are read without a
-// branch, so that no read waits for another.
+// Where row `at` of from.data begins, in chunks of 16 bytes.
 constexpr uint32_t kNoRow = 0xffffffff;
 __device__ inline uint32_t row_chunk(const Rows& from, int at) {
   return uint32_t(at) < uint64_t(from.n) ? uint32_t(at) * uint32_t(from.stride / 8) : kNoRow;

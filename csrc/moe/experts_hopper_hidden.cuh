@@ -233,7 +233,7 @@ int hidden_backward_launch(const HiddenBackwardParams& params, void* stream) {
                     make_row_run_map(&p.grad_pre, params.dtype, params.grad_pre, p.n_rows, f, parts,
                                      f * parts, 16) &&
                     make_row_run_map(&p.hidden, params.dtype, params.hidden, p.n_rows, f, 1, f, 16);
-  if (!made || params.activation == Activation::none) return kNotTaken;
+  if (!made) return kNotTaken;
   return launch(hidden_backward_kernel<T, kGated>, p, row_pairs_at_most(params.experts, p.n_tiles),
                 stream);
 }

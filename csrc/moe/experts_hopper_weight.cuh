@@ -39,7 +39,8 @@ class ColumnGather {
     offset_ = column_ / 64 * kBoxBytes + row_ * 128 + ((column_ / 8 % 8 ^ row_) << 4);
   }
 
-  // Asks for the indices of kAhead blocks, from row `first` of those up to `end` on.
+  // Asks for the indices of kAhead blocks, from row `first` of those up to `end` on: without a
+  // branch, so that no read waits for another.
   __device__ void read(int first, int end) {
     there_ = end - first;
 #pragma unroll
