@@ -21,11 +21,19 @@ Encode find_encode() {
   return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? Encode(found) : nullptr;
 }
 
+// The driver's calls need a current context, which a thread of autograd may not have yet.
+bool make_context_current() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+}
+
 }  // namespace
 
 bool make_tensor_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&sizes)[4],
                      const int64_t (&strides)[3], int rows1, int rows2) {
   static const Encode encode = find_encode();
+  thread_local const bool ready = make_context_current();
+  if (!encode || !ready) return false;
   cuuint64_t size[4], stride[3];
   for (int i = 0; i < 4; ++i) size[i] = cuuint64_t(sizes[i]);
   for (int i = 0; i < 3; ++i) stride[i] = cuuint64_t(strides[i]) * 2;
@@ -33,19 +41,10 @@ bool make_tensor_map(CUtensorMap* map, DType dtype, const void* data, const int6
   const cuuint32_t step[4] = {1, 1, 1, 1};
   const auto type =
       dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const auto make = [&] {
-    return encode(map, type, 4, const_cast<void*>(data), size, stride, box, step,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  };
-  if (!encode) return false;
-  CUresult result = make();
-  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // of a thread that did not use the device so far
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return false;
-    result = make();
-  }
-  return result == CUDA_SUCCESS;
+  return encode(map, type, 4, const_cast<void*>(data), size, stride, box, step,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 bool make_row_run_map(CUtensorMap* map, DType dtype, const void* data, int64_t n_rows,
