@@ -109,8 +109,9 @@ def expected_of(make: Any, shape: Any, op: Op) -> list[torch.Tensor]:
 @functools.lru_cache(maxsize=1)
 def turns_of(make: Any, shape: Any, op: Op, names: tuple[str, ...]) -> dict[str, float]:
     inputs = inputs_of(make, shape)
-    with torch.no_grad():
-        return timing.in_turns({n: functools.partial(op.calls[n], inputs) for n in names})
+    return timing.in_turns(
+        {n: functools.partial(op.calls[n], inputs) for n in names if n != "reference"}
+    )
 
 
 @pytest.fixture
@@ -155,12 +156,11 @@ def measure(benchmark: Any, results: Results, request: pytest.FixtureRequest) ->
                 benchmark.pedantic(call)
                 return {}
             ms = None
-            if timing.DEVICE.type == "cpu" and name != "reference":
+            if name != "reference":
                 items = [getattr(item, "callspec", None) for item in request.session.items]
                 cases = [item.params for item in items if item]
                 rivals = [c["name"] for c in cases if c.get("shape") is shape and c.get("op") is op]
-                turns = turns_of(make, shape, op, tuple(n for n in rivals if n != "reference"))
-                ms = turns.get(name)
+                ms = turns_of(make, shape, op, tuple(rivals)).get(name)
             found = measurement(op, inputs, call, ms)
             repeats = min(max(int(30 / found["ms"]), 1), 200)
             benchmark.pedantic(call, rounds=3 if repeats > 1 else 1, iterations=repeats)

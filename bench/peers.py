@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import timing
+
 KNOWN = {  # name here -> module
     "moe-ops": "moe_ops",
     "liger": "liger_kernel",
@@ -114,8 +116,9 @@ def sonic_routed(
 
 
 def shorten_autotuning(index: int = 0, count: int = 1) -> None:
-    """Makes Triton's autotuners time each candidate for 25 ms and, where count > 1, try only every
-    count-th one: several processes fill the cache of compiled kernels side by side."""
+    """Makes Triton's autotuners time each candidate for 25 ms, or once if it takes more than 5, and
+    try only every count-th one where count > 1: several processes fill the cache of compiled
+    kernels side by side."""
     try:
         import triton
         from triton.runtime.autotuner import Autotuner
@@ -123,11 +126,18 @@ def shorten_autotuning(index: int = 0, count: int = 1) -> None:
         return
     original = Autotuner.__init__
 
+    def brief(call: Any, quantiles: tuple[float, ...]) -> list[float]:
+        call()
+        start = timing.synchronized_clock()
+        call()
+        ms = 1e3 * (timing.synchronized_clock() - start)
+        if ms > 5:
+            return [ms] * len(quantiles)
+        return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)
+
     def short(self: Any, fn: Any, arg_names: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
         share = (configs or [])[index::count] or configs
         original(self, fn, arg_names, share, *args, **kwargs)
-        self._do_bench = lambda call, quantiles: triton.testing.do_bench(
-            call, warmup=5, rep=25, quantiles=quantiles
-        )
+        self._do_bench = brief
 
     Autotuner.__init__ = short

@@ -33,27 +33,27 @@ def synchronized_clock() -> float:
     return time.perf_counter()
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
+def milliseconds(call: Callable[[], Any], seconds: float = 0.15) -> float:
     """The median time of one call of many, after two to warm up.
 
     On a GPU this is device time with the L2 flushed before each call. On a CPU it is wall time.
     """
-    return statistics.median(times(call))
+    return statistics.median(times(call, seconds))
 
 
-def times(call: Callable[[], Any]) -> list[float]:
+def times(call: Callable[[], Any], seconds: float) -> list[float]:
     call()
     start = synchronized_clock()
     call()
     host = time.perf_counter() - start  # what enqueueing costs, at least
     total = synchronized_clock() - start
     if DEVICE.type == "cpu":
-        return [_wall(call) for _ in range(_repeats(total, 0.5))]
+        return [_wall(call) for _ in range(_repeats(total, seconds))]
     flush = torch.empty(5 * _l2_bytes(), dtype=torch.uint8, device=DEVICE)
     # The GPU waits until the host has enqueued the call, so that launches are not counted.
     wait = int(2e9 * min(1.5 * host + 1e-4, 0.02))
     events = []
-    for _ in range(_repeats(total + wait / 2e9, 0.15)):
+    for _ in range(_repeats(total + wait / 2e9, seconds)):
         flush.zero_()
         torch.cuda._sleep(wait)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -66,10 +66,11 @@ def times(call: Callable[[], Any]) -> list[float]:
 
 
 def in_turns(
-    builders: dict[str, Callable[[], Callable[[], Any]]], seconds: float = 3
+    builders: dict[str, Callable[[], Callable[[], Any]]],
+    seconds: float = 1.5 if DEVICE.type == "cuda" else 3,
 ) -> dict[str, float]:
-    """The median wall time in milliseconds of the call that each builder makes. They take turns, so
-    that whatever else the machine does meanwhile falls on all. What fails is left out."""
+    """The median time in milliseconds of the call that each builder makes. They take turns, so that
+    a GPU's heat, and whatever else a CPU does meanwhile, fall on all. What fails is left out."""
     calls: dict[str, Callable[[], Any]] = {}
     times: dict[str, list[float]] = {name: [] for name in builders}
 
@@ -78,10 +79,13 @@ def in_turns(
             if name not in calls:
                 calls[name] = builders[name]()
                 calls[name]()
-            # the last of several: with the caches as the call itself leaves them
-            times[name].append([_wall(calls[name]) for _ in range(repeats)][-1])
+            if DEVICE.type == "cuda":
+                times[name].append(milliseconds(calls[name], 0.05))
+            else:  # the last of several: with the caches as the call itself leaves them
+                times[name].append([_wall(calls[name]) for _ in range(repeats)][-1])
         except Exception:  # of any kind: its own benchmark runs it again and reports it
             del times[name]
+            calls.pop(name, None)
 
     for name in list(times):
         turn(name, 2)
@@ -96,7 +100,7 @@ def in_turns(
 
 
 def _repeats(seconds_each: float, seconds: float) -> int:
-    return min(max(int(seconds / seconds_each), 5), 100)
+    return min(max(int(seconds / seconds_each), 3), 100)
 
 
 def _wall(call: Callable[[], Any]) -> float:
@@ -137,7 +141,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
 def _least(call: Callable[[], Any]) -> float:
     """A ceiling on a CPU is the best of many calls: others may use its memory and cores too."""
-    return milliseconds(call) if DEVICE.type == "cuda" else min(times(call))
+    return milliseconds(call) if DEVICE.type == "cuda" else min(times(call, 0.5))
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
