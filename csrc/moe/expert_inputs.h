@@ -46,14 +46,32 @@ inline Tensor checked_offsets(const Tensor& offsets_in, int64_t n_experts, int64
   return offsets;
 }
 
-// Of a stack of matrices: itself where one of the last two dimensions is dense, else a copy.
-inline Tensor with_dense_matrices(const Tensor& stack) {
-  const int64_t n = stack.size(1), m = stack.size(2), n_stride = stack.stride(1),
-                m_stride = stack.stride(2);
-  const bool by_row = (m <= 1 || m_stride == 1) && (n <= 1 || n_stride >= m);
-  const bool by_column = (n <= 1 || n_stride == 1) && (m <= 1 || m_stride >= n);
-  return by_row || by_column ? stack : torch::stable::contiguous(stack);
+// Of a stack of matrices: whether the elements of a row are adjacent.
+inline bool has_dense_rows(const Tensor& stack) {
+  const int64_t n = stack.size(1), m = stack.size(2);
+  return (m <= 1 || stack.stride(2) == 1) && (n <= 1 || stack.stride(1) >= m);
 }
+inline bool has_dense_columns(const Tensor& stack) {
+  const int64_t n = stack.size(1), m = stack.size(2);
+  return (n <= 1 || stack.stride(1) == 1) && (m <= 1 || stack.stride(2) >= n);
+}
+
+// Itself where its rows or its columns are dense, else a contiguous copy.
+inline Tensor with_dense_matrices(const Tensor& stack) {
+  return has_dense_rows(stack) || has_dense_columns(stack) ? stack
+                                                           : torch::stable::contiguous(stack);
+}
+
+// A stack of matrices with dense rows.
+struct RowMatrices {
+  explicit RowMatrices(const Tensor& stack)
+      : tensor(has_dense_rows(stack) ? stack : torch::stable::contiguous(stack)),
+        stride(tensor.size(1) <= 1 ? tensor.size(2) : tensor.stride(1)),
+        expert_stride(tensor.size(0) <= 1 ? tensor.size(1) * stride : tensor.stride(0)) {}
+
+  Tensor tensor;
+  int64_t stride, expert_stride;
+};
 
 struct ExpertPlan : PlanTensors {
   Tensor offsets;

@@ -56,8 +56,9 @@ struct TokenSumsParams {
   DType dtype;  // as above
   RowMap map;
   int64_t k, n;
-  const void* rows;      // [R, k]
-  const void* b;         // [E, n, k]
+  const void* rows;  // [R, k]
+  const void* b;     // [E, n, k], rows b_stride apart, matrices b_expert_stride
+  int64_t b_stride, b_expert_stride;
   const void* bias;      // [E, n] or null
   const float* weights;  // by pair, or null: ones
   void* y;               // [n_tokens, n]
@@ -74,8 +75,9 @@ struct HiddenBackwardParams {
   DType dtype;
   Rows grad;  // [.., h]
   int64_t h, f;
-  const void* down;  // [E, h, f], contiguous
-  const void* pre;   // [R, f * columns_per_hidden]
+  const void* down;  // [E, h, f], rows down_stride apart, matrices down_expert_stride
+  int64_t down_stride, down_expert_stride;
+  const void* pre;  // [R, f * columns_per_hidden]
   Activation activation;
   const float* weights;     // by pair, or null: ones
   const int32_t* row_pair;  // [R]: weight[r] = weights[row_pair[r]]; outside 0..n_pairs-1: zero

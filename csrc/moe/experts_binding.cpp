@@ -51,7 +51,7 @@ class Counters {
 struct Layer : ExpertInputs {
   using ExpertInputs::ExpertInputs;
 
-  Tensor first = as_contiguous(gate_up), second = as_contiguous(down);
+  RowMatrices first{gate_up}, second{down};
   ScalarType type = x.scalar_type();
   int64_t n_rows = plan.map.n_rows, n_tokens = plan.map.n_tokens;
   ExpertRows experts{pointer<int32_t>(plan.offsets), n_experts, n_rows};
@@ -69,8 +69,8 @@ struct Layer : ExpertInputs {
   // out = activation(x @ gate_up^T + bias); pre may be null.
   void first_product(const Tensor* pre, const Tensor& out, Activation act) const {
     RowsProductParams p{experts, counters.take(), dtype, gathered(x), hidden, columns};
-    p.b = pointer(first), p.b_by_column = true;
-    p.b_stride = hidden, p.b_expert_stride = columns * hidden;
+    p.b = pointer(first.tensor), p.b_by_column = true;
+    p.b_stride = first.stride, p.b_expert_stride = first.expert_stride;
     p.bias = pointer(gate_up_bias), p.bias_stride = columns;
     p.activation = act;
     p.pre = pre ? mutable_pointer(*pre) : nullptr;
@@ -80,14 +80,15 @@ struct Layer : ExpertInputs {
 
   // The sum by token of rows @ b[e] + bias[e], for a stack b [E, K, hidden] or, by column, its
   // transpose.
-  Tensor sum_of_products(const Tensor& rows, const Tensor& b, bool by_column,
+  Tensor sum_of_products(const Tensor& rows, const RowMatrices& b, bool by_column,
                          const OptionalTensor& bias, const OptionalTensor& by_weight,
                          int64_t many_bytes) const {
     const Tensor y = empty({n_tokens, hidden}, type, x);
     if (by_column && few_rows(experts, hidden) && plan.map.top_k <= kFewRows &&
         n_tokens <= kFewRows) {
       TokenSumsParams p{experts, dtype, plan.map, rows.size(1), hidden};
-      p.rows = pointer(rows), p.b = pointer(b), p.bias = pointer(bias);
+      p.rows = pointer(rows), p.bias = pointer(bias);
+      p.b = pointer(b.tensor), p.b_stride = b.stride, p.b_expert_stride = b.expert_stride;
       p.weights = pointer<float>(by_weight), p.y = mutable_pointer(y);
       SPARSEMOE_RUN_CUDA(token_sums_few, x, p);
       return y;
@@ -99,9 +100,8 @@ struct Layer : ExpertInputs {
     for (int64_t column = 0; column < hidden; column += part) {
       const int64_t n = std::min(part, hidden - column);
       RowsProductParams p{experts, counters.take(), dtype, all(rows), k, n};
-      p.b = pointer<char>(b) + column * item * (by_column ? k : 1);
-      p.b_by_column = by_column, p.b_stride = by_column ? k : hidden;
-      p.b_expert_stride = k * hidden;
+      p.b = pointer<char>(b.tensor) + column * item * (by_column ? b.stride : 1);
+      p.b_by_column = by_column, p.b_stride = b.stride, p.b_expert_stride = b.expert_stride;
       if (bias) p.bias = pointer<char>(*bias) + column * item, p.bias_stride = hidden;
       p.activation = Activation::none;
       p.out = mutable_pointer(products), p.out_stride = part;
@@ -198,7 +198,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     if (weights) inner = empty({parts, in.n_rows}, ScalarType::Float, in.x);
     HiddenBackwardParams p{in.experts,        in.counters.take(), in.dtype,
                            in.gathered(grad), in.hidden,          in.width};
-    p.down = pointer(in.second), p.pre = pointer(*pre), p.activation = in.activation;
+    p.down = pointer(in.second.tensor), p.down_stride = in.second.stride;
+    p.down_expert_stride = in.second.expert_stride;
+    p.pre = pointer(*pre), p.activation = in.activation;
     p.weights = pointer<float>(in.weights);
     p.row_pair = in.plan.map.row_pair, p.n_pairs = in.plan.n_pairs();
     p.grad_pre = mutable_pointer(grad_pre), p.hidden = mutable_pointer(*hidden);

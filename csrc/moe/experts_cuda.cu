@@ -77,7 +77,8 @@ int rows_product_cuda(const RowsProductParams& p, void* stream) {
 int hidden_backward_cuda(const HiddenBackwardParams& p, void* stream) {
   if (p.f == 0 || p.experts.n_rows == 0) return 0;
   if (!is_half(p.dtype) || !p.grad.index || !takes(p.grad, p.h) || !takes(p.experts, p.f) ||
-      !whole_chunks(p.f, p.f, p.down) || uintptr_t(p.pre) % 16 || uintptr_t(p.grad_pre) % 16 ||
+      !whole_chunks(p.f, p.down_stride, p.down) || p.down_stride < p.f ||
+      p.down_expert_stride % 8 != 0 || uintptr_t(p.pre) % 16 || uintptr_t(p.grad_pre) % 16 ||
       uintptr_t(p.hidden) % 16 || !on_hopper()) {
     return hidden_backward_portable(p, stream);
   }

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 2) token_sums_few_kernel(const Token
       const int64_t c = begin + lane_id() * N;
       from[i] = nullptr;
       if (entry < entries.count && expert >= 0 && c < p.k) {
-        const T* b = static_cast<const T*>(p.b) + (expert * p.n + column) * p.k;
+        const T* b = static_cast<const T*>(p.b) + expert * p.b_expert_stride + column * p.b_stride;
         weights[i] = load(reinterpret_cast<const P*>(b + c));
         from[i] = static_cast<const T*>(p.rows) + row * p.k + c;
       }
@@ -224,10 +224,11 @@ int rows_product_few(const RowsProductParams& p, void* stream) {
 
 int token_sums_few_cuda(const TokenSumsParams& p, void* stream) {
   const dim3 grid = grid_of(p.map.n_tokens, p.n);
-  return with_packs(p.dtype, {p.k}, {p.rows, p.b}, [&](auto* type, auto n) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return launch_early(token_sums_few_kernel<T, decltype(n)::value>, grid, stream, p);
-  });
+  return with_packs(
+      p.dtype, {p.k, p.b_stride, p.b_expert_stride}, {p.rows, p.b}, [&](auto* type, auto n) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        return launch_early(token_sums_few_kernel<T, decltype(n)::value>, grid, stream, p);
+      });
 }
 
 }  // namespace sparsemoe

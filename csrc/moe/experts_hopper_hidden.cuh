@@ -226,13 +226,15 @@ int hidden_backward_launch(const HiddenBackwardParams& params, void* stream) {
   p.inner = params.inner;
   const int64_t f = params.f, parts = kGated ? 2 : 1;
   p.pre_blocks = int(std::min<int64_t>(ceil_div(f, kBoxWidth), kTileN / kBoxWidth));
-  const bool made = make_tensor_map(&p.b, params.dtype, params.down, {f, params.h, 1, p.n_experts},
-                                    {f, f * params.h, f * params.h}, kTileK) &&
-                    make_tensor_map(&p.pre, params.dtype, params.pre, {f, p.n_rows, parts, 1},
-                                    {f * parts, f, f}, 64) &&
-                    make_row_run_map(&p.grad_pre, params.dtype, params.grad_pre, p.n_rows, f, parts,
-                                     f * parts, 16) &&
-                    make_row_run_map(&p.hidden, params.dtype, params.hidden, p.n_rows, f, 1, f, 16);
+  const bool made =
+      make_tensor_map(
+          &p.b, params.dtype, params.down, {f, params.h, 1, p.n_experts},
+          {params.down_stride, params.h * params.down_stride, params.down_expert_stride}, kTileK) &&
+      make_tensor_map(&p.pre, params.dtype, params.pre, {f, p.n_rows, parts, 1}, {f * parts, f, f},
+                      64) &&
+      make_row_run_map(&p.grad_pre, params.dtype, params.grad_pre, p.n_rows, f, parts, f * parts,
+                       16) &&
+      make_row_run_map(&p.hidden, params.dtype, params.hidden, p.n_rows, f, 1, f, 16);
   if (!made) return kNotTaken;
   return launch(hidden_backward_kernel<T, kGated>, p, row_pairs_at_most(params.experts, p.n_tiles),
                 stream);

@@ -171,14 +171,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   const Place place = place_of(blockIdx.x, row_tiles, parts);
   const RowTile tile = row_tile(p.experts, place.row);
   if (tile.rows == 0) return;
-  const T* down = static_cast<const T*>(p.down) + tile.expert * p.h * p.f;
+  const T* down = static_cast<const T*>(p.down) + tile.expert * p.down_expert_stride;
   const int64_t begin = place.column * kInnerColumns, end = min(begin + kInnerColumns, p.f);
   for (int64_t first = begin; first < end; first += kTile) {
     AlongK<T, kAligned> a(int(p.h), [&](int i) -> const T* {
       return i < tile.rows ? row_or_null<T>(p.grad, tile.first + i) : nullptr;
     });
     AcrossK<T, kAligned, false> b(
-        Rows{down, p.f, p.h, nullptr}, 0, int(p.h), [&](int i) { return first + i; },
+        Rows{down, p.down_stride, p.h, nullptr}, 0, int(p.h), [&](int i) { return first + i; },
         [&](int i) { return p.f - first - i; });
     multiply<T>(shared, a, b, int(p.h), tile.rows);
     with_activation(p.activation, [&](auto activation) {
@@ -197,8 +197,8 @@ int hidden_backward(const HiddenBackwardParams& p, void* stream) {
   const int64_t row_tiles = row_tiles_at_most(p.experts), parts = inner_parts(p.f);
   const bool aligned_out = in_chunks<T>(p.pre, p.f, p.f) && in_chunks<T>(p.grad_pre, p.f, p.f) &&
                            in_chunks<T>(p.hidden, p.f, p.f);
-  const bool aligned =
-      in_chunks<T>(p.grad.data, p.grad.stride, p.h) && in_chunks<T>(p.down, p.f, p.f);
+  const bool aligned = in_chunks<T>(p.grad.data, p.grad.stride, p.h) &&
+                       in_chunks<T>(p.down, p.down_stride | p.down_expert_stride, p.f);
   return with_bool(aligned, [&](auto is_aligned) {
     return launch(hidden_backward_kernel<T, decltype(is_aligned)::value>, row_tiles * parts, stream,
                   p, int(row_tiles), int(parts), aligned_out);

@@ -400,6 +400,51 @@ def test_strided_inputs(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_tokens", [3, 300])
+def test_projections_inside_larger_tensors(device, dtype, n_tokens):
+    """They are read where they lie."""
+    n_experts, hidden, inner = 16, 256, 128
+    experts, weights = routed(n_tokens, n_experts, 2, device)
+    plan = moe.plan(experts, n_experts)
+    plain = layer(n_tokens, hidden, inner, n_experts, device, dtype, weights)
+    parts = []
+    for t in plain[1:3]:
+        whole = torch.full((n_experts, t.shape[1] + 8, t.shape[2] + 16), torch.nan, device=device)
+        parts.append(whole.to(dtype)[:, : t.shape[1], : t.shape[2]].copy_(t.detach()))
+    strided = Inputs(plain.x.detach().clone(), *parts, None, None, weights.detach().clone())
+    if device == "cuda":
+        with torch.no_grad():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            strided.run(plan)
+            extra = torch.cuda.max_memory_allocated() - before
+        assert extra < parts[1].numel() * parts[1].element_size()
+    strided = strided.differentiable()
+    y, y_plain = strided.run(plan), plain.run(plan)
+    upstream = torch.randn(n_tokens, hidden, device=device).to(dtype)
+    y.backward(upstream)
+    y_plain.backward(upstream)
+    grads = plain.grads()
+    for name, actual, expected in [
+        ("y", y, y_plain),
+        *((name, grad, grads[name]) for name, grad in strided.grads().items()),
+    ]:
+        near(name, actual, expected, dtype)
+        assert device == "cpu" or torch.equal(actual, expected), name  # the same kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_matrix_for_all_experts(device, dtype):
+    experts, weights = routed(300, 6, 2, device)
+    plan = moe.plan(experts, 6)
+    plain = layer(300, 64, 128, 1, device, dtype)
+    shared = (t.detach().expand(6, -1, -1) for t in plain[1:3])
+    x, weights = plain.x.detach(), weights.detach()
+    shared = Inputs(x, *shared, None, None, weights).differentiable()
+    check(shared, plan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_expanded_gradients_and_two_backward_passes(device, dtype):
     experts, weights = routed(40, 5, 2, device)
     plan = moe.plan(experts, 5)
