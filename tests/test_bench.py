@@ -48,7 +48,8 @@ def test_differences():
     assert case.difference(rough, SHAPE, [b * 1.01], [b], "other") is not None
 
 
-def test_calls_that_fail_drop_out_of_the_turns():
+def test_calls_that_fail_drop_out_of_the_turns(monkeypatch):
+    monkeypatch.setattr(timing, "DEVICE", torch.device("cpu"))
     log = []
 
     def call(name, fails_at=None):
@@ -72,3 +73,13 @@ def test_calls_that_fail_drop_out_of_the_turns():
     assert timing.in_turns(builders, seconds=0).keys() == {"a", "b"}
     assert log.count("a") == log.count("b") == 3 + 5 * 3
     assert log[-6:] == ["a"] * 3 + ["b"] * 3
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_turns_on_a_gpu():
+    x = torch.ones(4096, 4096, device="cuda")
+    builders = {"once": lambda: lambda: x + x, "often": lambda: lambda: [x + x for _ in range(20)]}
+    builders["broken"] = lambda: lambda: x + x.cpu()
+    found = timing.in_turns(builders, seconds=0)
+    assert found.keys() == {"once", "often"}
+    assert 5 * found["once"] < found["often"] < 100 * found["once"]

@@ -263,7 +263,7 @@ def experts(
     Args:
         x: [T, H].
         gate_up_proj: [E, 2F, H], the gate's rows first; [E, F, H] for an activation without gate.
-        down_proj: [E, H, F]. On a GPU, one whose rows are not dense is copied.
+        down_proj: [E, H, F]. On a GPU, a projection whose rows are not dense is copied.
         plan: from :func:`plan` or :func:`plan_from_tokens`.
         weights: one a pair, shaped as the choice gave them; None: ones.
         activation: "swiglu", "geglu", "relu2", "silu" or "gelu".
