@@ -20,18 +20,21 @@ CASES = [
 
 
 @functools.cache
-def inputs() -> Inputs:
-    return Inputs(SHAPE)
+def inputs(shape: Shape = SHAPE) -> Inputs:
+    return Inputs(shape)
 
 
 @pytest.mark.parametrize(("op", "name"), CASES)
 @torch.no_grad()
 def test_implementations_agree(op, name):
+    # torch's grouped_mm of float32 waits for the device, so that it cannot be captured
+    shape = replace(SHAPE, dtype=torch.bfloat16) if "graph" in op.name else SHAPE
+    given = inputs(shape)
     result, expected = (
-        list(op.view(inputs(), op.calls[which](inputs())())) for which in (name, "reference")
+        list(op.view(given, op.calls[which](given)())) for which in (name, "reference")
     )
-    assert case.difference(op, SHAPE, result, expected) is None
-    assert op.nbytes(inputs()) > 0
+    assert case.difference(op, shape, result, expected) is None
+    assert op.nbytes(given) > 0
 
 
 def test_differences():
