@@ -43,6 +43,8 @@ def up(module: Any, rows: Tensor, gate_up_proj: Tensor, plan: Any, mm: str = "gr
 
 LAYER = "x gate_up_proj down_proj experts weights"
 LEAVES = "x gate_up_proj down_proj weights"
+BY_COLUMN = "x gate_up_by_column down_by_column experts weights"
+BY_COLUMN_LEAVES = "x gate_up_by_column down_by_column weights"
 ROUTED = "x low_router gate_up_proj down_proj top_k"
 ROUTED_LEAVES = "x low_router gate_up_proj down_proj"
 SONIC = "x low_router interleaved_proj down_proj"
@@ -58,6 +60,7 @@ whole_layer = {
     "liger": call(peers.liger_layer, LAYER),
     "scattermoe": call(peers.scattermoe_layer, LAYER),
 }
+layer_by_column = {**ours(layer, BY_COLUMN), "torch": call(torch_layer, BY_COLUMN)}
 routed_layer = {
     **ours(routed, ROUTED, renormalize=True),
     "torch": call(partial(routed, plain_moe), ROUTED),
@@ -150,6 +153,20 @@ OPS = [
         lambda inputs: 3 * layer_flops(inputs),
     ),
     Op(
+        "layer, weights by column",
+        layer_by_column,
+        "as layer",
+        layer_bytes,
+        layer_flops,
+    ),
+    Op(
+        "layer, weights by column, forward + backward",
+        forward_backward(layer_by_column, BY_COLUMN_LEAVES),
+        "as layer, forward + backward",
+        lambda inputs: 3 * layer_bytes(inputs),
+        lambda inputs: 3 * layer_flops(inputs),
+    ),
+    Op(
         "layer with router",
         routed_layer | sonic,
         "as layer, and 2 T E H operations",
@@ -206,6 +223,8 @@ def wanted(shape: Shape, op: Op, name: str) -> bool:
     if "graph" in op.name:
         return decode and name != "reference"
     if shape.skewed and op.name not in ("layer", "layer, forward + backward"):
+        return False
+    if "by column" in op.name and shape not in SHAPES[:2]:
         return False
     if name == "torch, grouped_mm":
         return not inputs_moe.GPU  # there it is "torch"

@@ -133,6 +133,14 @@ class Inputs:
         return self.random(self.num_experts, hidden, width, scale=width**-0.5)
 
     @cached_property
+    def gate_up_by_column(self) -> Tensor:
+        return self.gate_up_proj.detach().mT.contiguous().mT.requires_grad_()
+
+    @cached_property
+    def down_by_column(self) -> Tensor:
+        return self.down_proj.detach().mT.contiguous().mT.requires_grad_()
+
+    @cached_property
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """The weights of eight layers, equal but each in memory of its own."""
         first = self.gate_up_proj.detach(), self.down_proj.detach()

@@ -62,15 +62,20 @@ inline Tensor with_dense_matrices(const Tensor& stack) {
                                                            : torch::stable::contiguous(stack);
 }
 
-// A stack of matrices with dense rows.
-struct RowMatrices {
-  explicit RowMatrices(const Tensor& stack)
-      : tensor(has_dense_rows(stack) ? stack : torch::stable::contiguous(stack)),
-        stride(tensor.size(1) <= 1 ? tensor.size(2) : tensor.stride(1)),
-        expert_stride(tensor.size(0) <= 1 ? tensor.size(1) * stride : tensor.stride(0)) {}
+// A stack of matrices as a GPU's kernels read it, and what holds it.
+struct DenseStack {
+  explicit DenseStack(const Tensor& stack) : tensor(with_dense_matrices(stack)) {
+    const bool by_column = !has_dense_rows(tensor);
+    const int64_t along = by_column ? 1 : 2, across = 3 - along;
+    const bool one = tensor.size(across) <= 1;  // its stride says nothing
+    const int64_t stride = one ? tensor.size(along) : tensor.stride(across);
+    const bool alone = tensor.size(0) <= 1;
+    matrices = {pointer(tensor), stride, alone ? tensor.size(across) * stride : tensor.stride(0),
+                by_column};
+  }
 
   Tensor tensor;
-  int64_t stride, expert_stride;
+  Matrices matrices;
 };
 
 struct ExpertPlan : PlanTensors {

@@ -30,17 +30,24 @@ struct Rows {
   const int32_t* index;  // [R] or null
 };
 
+// A matrix [k, n] for each expert. Element (i, j) of that of expert e lies at
+// data[e * expert_stride + i * stride + j], by column at data[e * expert_stride + j * stride + i].
+struct Matrices {
+  const void* data;
+  int64_t stride, expert_stride;
+  bool by_column;
+
+  Matrices transposed() const { return {data, stride, expert_stride, !by_column}; }
+};
+
 // For r of expert e: pre[r] = a[r] @ b[e] + bias[e]; out[r] = activation(pre[r]).
 struct RowsProductParams {
   ExpertRows experts;
   int32_t* counter;  // zero before the kernel, for handing out tiles; or null
   DType dtype;       // of everything; sums are float
   Rows a;
-  int64_t k, n;  // pre is n wide, out n / columns_per_hidden(activation)
-  const void* b;
-  bool b_by_column;  // element (k, n) of b[e] lies at n * b_stride + k, otherwise at k * b_stride +
-                     // n
-  int64_t b_stride, b_expert_stride;
+  int64_t k, n;      // pre is n wide, out n / columns_per_hidden(activation)
+  Matrices b;        // [k, n]
   const void* bias;  // [E, n], rows bias_stride apart, or null
   int64_t bias_stride;
   Activation activation;
@@ -50,15 +57,14 @@ struct RowsProductParams {
 };
 
 // No token has more than kFewRows rows. For each token t: y[t] = the sum over its rows r, of expert
-// e, of weight[r] * (rows[r] @ b[e]^T + bias[e]).
+// e, of weight[r] * (rows[r] @ b[e] + bias[e]).
 struct TokenSumsParams {
   ExpertRows experts;
   DType dtype;  // as above
   RowMap map;
   int64_t k, n;
-  const void* rows;  // [R, k]
-  const void* b;     // [E, n, k], rows b_stride apart, matrices b_expert_stride
-  int64_t b_stride, b_expert_stride;
+  const void* rows;      // [R, k]
+  Matrices b;            // [k, n], by column
   const void* bias;      // [E, n] or null
   const float* weights;  // by pair, or null: ones
   void* y;               // [n_tokens, n]
@@ -75,8 +81,7 @@ struct HiddenBackwardParams {
   DType dtype;
   Rows grad;  // [.., h]
   int64_t h, f;
-  const void* down;  // [E, h, f], rows down_stride apart, matrices down_expert_stride
-  int64_t down_stride, down_expert_stride;
+  Matrices down;    // [h, f]
   const void* pre;  // [R, f * columns_per_hidden]
   Activation activation;
   const float* weights;     // by pair, or null: ones

@@ -51,7 +51,7 @@ class Counters {
 struct Layer : ExpertInputs {
   using ExpertInputs::ExpertInputs;
 
-  RowMatrices first{gate_up}, second{down};
+  DenseStack first{gate_up}, second{down};
   ScalarType type = x.scalar_type();
   int64_t n_rows = plan.map.n_rows, n_tokens = plan.map.n_tokens;
   ExpertRows experts{pointer<int32_t>(plan.offsets), n_experts, n_rows};
@@ -69,8 +69,7 @@ struct Layer : ExpertInputs {
   // out = activation(x @ gate_up^T + bias); pre may be null.
   void first_product(const Tensor* pre, const Tensor& out, Activation act) const {
     RowsProductParams p{experts, counters.take(), dtype, gathered(x), hidden, columns};
-    p.b = pointer(first.tensor), p.b_by_column = true;
-    p.b_stride = first.stride, p.b_expert_stride = first.expert_stride;
+    p.b = first.matrices.transposed();
     p.bias = pointer(gate_up_bias), p.bias_stride = columns;
     p.activation = act;
     p.pre = pre ? mutable_pointer(*pre) : nullptr;
@@ -78,17 +77,14 @@ struct Layer : ExpertInputs {
     SPARSEMOE_RUN_CUDA(rows_product, x, p);
   }
 
-  // The sum by token of rows @ b[e] + bias[e], for a stack b [E, K, hidden] or, by column, its
-  // transpose.
-  Tensor sum_of_products(const Tensor& rows, const RowMatrices& b, bool by_column,
-                         const OptionalTensor& bias, const OptionalTensor& by_weight,
-                         int64_t many_bytes) const {
+  // The sum by token of rows @ b[e] + bias[e], each b[e] `hidden` wide.
+  Tensor sum_of_products(const Tensor& rows, const Matrices& b, const OptionalTensor& bias,
+                         const OptionalTensor& by_weight, int64_t many_bytes) const {
     const Tensor y = empty({n_tokens, hidden}, type, x);
-    if (by_column && few_rows(experts, hidden) && plan.map.top_k <= kFewRows &&
+    if (b.by_column && few_rows(experts, hidden) && plan.map.top_k <= kFewRows &&
         n_tokens <= kFewRows) {
       TokenSumsParams p{experts, dtype, plan.map, rows.size(1), hidden};
-      p.rows = pointer(rows), p.bias = pointer(bias);
-      p.b = pointer(b.tensor), p.b_stride = b.stride, p.b_expert_stride = b.expert_stride;
+      p.rows = pointer(rows), p.b = b, p.bias = pointer(bias);
       p.weights = pointer<float>(by_weight), p.y = mutable_pointer(y);
       SPARSEMOE_RUN_CUDA(token_sums_few, x, p);
       return y;
@@ -100,8 +96,8 @@ struct Layer : ExpertInputs {
     for (int64_t column = 0; column < hidden; column += part) {
       const int64_t n = std::min(part, hidden - column);
       RowsProductParams p{experts, counters.take(), dtype, all(rows), k, n};
-      p.b = pointer<char>(b.tensor) + column * item * (by_column ? b.stride : 1);
-      p.b_by_column = by_column, p.b_stride = b.stride, p.b_expert_stride = b.expert_stride;
+      p.b = b;
+      p.b.data = static_cast<const char*>(b.data) + column * item * (b.by_column ? b.stride : 1);
       if (bias) p.bias = pointer<char>(*bias) + column * item, p.bias_stride = hidden;
       p.activation = Activation::none;
       p.out = mutable_pointer(products), p.out_stride = part;
@@ -116,14 +112,23 @@ struct Layer : ExpertInputs {
     return y;
   }
 
-  // outer(a[r], b[r]) summed over the rows of each expert: a new tensor, or added to `sum`.
-  Tensor weight_grad(const Rows& a, const Rows& b, int64_t m, int64_t n,
+  // outer(a[r], b[r]) summed over the rows of each expert: stored as `of`, or added to `sum`.
+  Tensor weight_grad(Rows a, Rows b, int64_t m, int64_t n, const DenseStack& of,
                      const OptionalTensor& sum) const {
+    const bool by_column = of.matrices.by_column && !sum;
+    if (by_column) std::swap(a, b), std::swap(m, n);
     const Tensor out = sum ? *sum : empty({n_experts, m, n}, type, x);
     WeightGradParams p{experts, counters.take(),      dtype,          a, b, m,
                        n,       mutable_pointer(out), sum.has_value()};
     SPARSEMOE_RUN_CUDA(weight_grad, x, p);
-    return sum ? none() : out;
+    if (sum) return none();
+    return by_column ? torch::stable::transpose(out, 1, 2) : out;
+  }
+
+  Tensor no_weight_grad(const DenseStack& of) const {
+    const Tensor& like = of.tensor;
+    if (!of.matrices.by_column) return zeros(sizes_of(like), type, x);
+    return torch::stable::transpose(zeros({n_experts, like.size(2), like.size(1)}, type, x), 1, 2);
   }
 
   Tensor bias_grad(const Rows& a, int64_t n, const OptionalTensor& by_weight) const {
@@ -152,7 +157,9 @@ std::tuple<Tensor, Tensor> experts(const Tensor& x, const Tensor& gate_up, const
   }
   const Tensor hidden = in.new_rows(in.width);
   in.first_product(keep ? &pre : nullptr, hidden, in.activation);
-  return {in.sum_of_products(hidden, in.second, true, in.down_bias, in.weights, kManyBytes), pre};
+  return {in.sum_of_products(hidden, in.second.matrices.transposed(), in.down_bias, in.weights,
+                             kManyBytes),
+          pre};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
@@ -175,8 +182,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   if (in.nothing) {
     torch::stable::zero_(grad_weights);
     if (need_x) grad_x = zeros(sizes_of(in.x), in.type, in.x);
-    if (need_gate_up && !gate_up_sum) grad_gate_up = zeros(sizes_of(in.gate_up), in.type, in.x);
-    if (need_down && !down_sum) grad_down = zeros(sizes_of(in.down), in.type, in.x);
+    if (need_gate_up && !gate_up_sum) grad_gate_up = in.no_weight_grad(in.first);
+    if (need_down && !down_sum) grad_down = in.no_weight_grad(in.second);
     if (need_gate_up && in.gate_up_bias) {
       grad_gate_up_bias = zeros(sizes_of(in.gate_up_bias), in.type, in.x);
     }
@@ -198,8 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     if (weights) inner = empty({parts, in.n_rows}, ScalarType::Float, in.x);
     HiddenBackwardParams p{in.experts,        in.counters.take(), in.dtype,
                            in.gathered(grad), in.hidden,          in.width};
-    p.down = pointer(in.second.tensor), p.down_stride = in.second.stride;
-    p.down_expert_stride = in.second.expert_stride;
+    p.down = in.second.matrices;
     p.pre = pointer(*pre), p.activation = in.activation;
     p.weights = pointer<float>(in.weights);
     p.row_pair = in.plan.map.row_pair, p.n_pairs = in.plan.n_pairs();
@@ -217,17 +223,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   // What is not needed any more is given back before the next is made.
   pre.reset();
   if (need_down) {
-    grad_down = in.weight_grad(in.gathered(grad), in.all(*hidden), in.hidden, in.width, down_sum);
+    grad_down = in.weight_grad(in.gathered(grad), in.all(*hidden), in.hidden, in.width, in.second,
+                               down_sum);
     if (in.down_bias) grad_down_bias = in.bias_grad(in.gathered(grad), in.hidden, in.weights);
   }
   hidden.reset();
   if (need_x) {
     grad_x =
-        in.sum_of_products(grad_pre, in.first, false, std::nullopt, std::nullopt, kManyBytesBack);
+        in.sum_of_products(grad_pre, in.first.matrices, std::nullopt, std::nullopt, kManyBytesBack);
   }
   if (need_gate_up) {
-    grad_gate_up =
-        in.weight_grad(in.all(grad_pre), in.gathered(in.x), in.columns, in.hidden, gate_up_sum);
+    grad_gate_up = in.weight_grad(in.all(grad_pre), in.gathered(in.x), in.columns, in.hidden,
+                                  in.first, gate_up_sum);
     if (in.gate_up_bias) {
       grad_gate_up_bias = in.bias_grad(in.all(grad_pre), in.columns, std::nullopt);
     }
@@ -239,29 +246,28 @@ Tensor grouped_mm(const Tensor& a_in, const Tensor& b_in, const Tensor& offsets_
   check_grouped_mm(a_in, b_in);
   const Tensor offsets =
       checked_offsets(offsets_in, b_in.size(0), a_in.size(0), a_in, "offsets", "a");
-  const Tensor a = with_dense_rows(a_in), b = with_dense_matrices(b_in);
-  const int64_t n_rows = a.size(0), k = a.size(1), n = b.size(2);
+  const Tensor a = with_dense_rows(a_in);
+  const DenseStack b(b_in);
+  const int64_t n_experts = b_in.size(0), n_rows = a.size(0), k = a.size(1), n = b_in.size(2);
   Tensor y = empty({n_rows, n}, a.scalar_type(), a);
   if (y.numel() == 0) return y;
-  if (k == 0 || b.size(0) == 0) {
+  if (k == 0 || n_experts == 0) {
     torch::stable::zero_(y);
     return y;
   }
   const int32_t* rows_of = pointer<int32_t>(offsets);
   Counters counters(n_rows, 1, a);
-  RowsProductParams p{{rows_of, b.size(0), n_rows},
+  RowsProductParams p{{rows_of, n_experts, n_rows},
                       counters.take(),
                       real_dtype(a, "a"),
                       {pointer(a), row_stride(a), n_rows, nullptr},
                       k,
                       n};
-  p.b = pointer(b), p.b_expert_stride = b.stride(0);
-  p.b_by_column = n > 1 && b.stride(2) != 1;
-  p.b_stride = p.b_by_column ? b.stride(2) : b.stride(1);
+  p.b = b.matrices;
   p.activation = Activation::none;
   p.out = mutable_pointer(y), p.out_stride = n;
   SPARSEMOE_RUN_CUDA(rows_product, a, p);
-  ClearTailParams tail{rows_of + b.size(0), n_rows, n * int64_t(a.element_size()),
+  ClearTailParams tail{rows_of + n_experts, n_rows, n * int64_t(a.element_size()),
                        mutable_pointer(y)};
   SPARSEMOE_RUN_CUDA(clear_tail, a, tail);
   return y;

@@ -24,6 +24,11 @@ bool takes(const Rows& rows, int64_t width) {
          width < (int64_t(1) << 31) - 1024 && rows.n * (rows.stride / 8) < (int64_t(1) << 32) - 1;
 }
 
+bool takes(const Matrices& b, int64_t k, int64_t n) {
+  const int64_t width = b.by_column ? k : n;
+  return whole_chunks(width, b.stride, b.data) && b.stride >= width && b.expert_stride % 8 == 0;
+}
+
 constexpr int64_t kIndices = (int64_t(1) << 31) - 1024;
 bool takes(const ExpertRows& experts, int64_t columns) {
   return experts.n_rows < kIndices && columns < kIndices &&
@@ -52,13 +57,11 @@ __global__ void clear_tail_kernel(const int32_t* end, int64_t n_rows, int64_t ro
 
 int rows_product_cuda(const RowsProductParams& p, void* stream) {
   if (p.n == 0 || p.experts.n_rows == 0) return 0;
-  if (p.b_by_column && few_rows(p.experts, p.n)) return rows_product_few(p, stream);
+  if (p.b.by_column && few_rows(p.experts, p.n)) return rows_product_few(p, stream);
   const int64_t width = p.n / columns_per_hidden(p.activation);
   const bool gathers = p.a.index != nullptr, gated = width != p.n;
-  if (!is_half(p.dtype) || !takes(p.a, p.k) || !takes(p.experts, p.n) ||
-      !whole_chunks(width, p.b_stride, p.b) || p.b_expert_stride % 8 != 0 ||
+  if (!is_half(p.dtype) || !takes(p.a, p.k) || !takes(p.experts, p.n) || !takes(p.b, p.k, p.n) ||
       !whole_chunks(width, p.out_stride, p.out) || (p.pre && !whole_chunks(width, p.n, p.pre)) ||
-      (p.b_by_column ? p.b_stride < p.k : p.b_stride < p.n) || (gathers && !p.b_by_column) ||
       (!gathers && p.activation != Activation::none) || !on_hopper()) {
     return rows_product_portable(p, stream);
   }
@@ -66,10 +69,13 @@ int rows_product_cuda(const RowsProductParams& p, void* stream) {
       p.dtype,
       [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        if (gated) return hopper::rows_product_launch<T, true, true, true>(p, stream);
-        if (gathers) return hopper::rows_product_launch<T, true, true, false>(p, stream);
-        return p.b_by_column ? hopper::rows_product_launch<T, false, true, false>(p, stream)
-                             : hopper::rows_product_launch<T, false, false, false>(p, stream);
+        const auto launch = [&](auto by_column) {
+          constexpr bool kByColumn = decltype(by_column)::value;
+          if (gated) return hopper::rows_product_launch<T, true, kByColumn, true>(p, stream);
+          if (gathers) return hopper::rows_product_launch<T, true, kByColumn, false>(p, stream);
+          return hopper::rows_product_launch<T, false, kByColumn, false>(p, stream);
+        };
+        return p.b.by_column ? launch(std::true_type()) : launch(std::false_type());
       },
       [&] { return rows_product_portable(p, stream); });
 }
@@ -77,18 +83,21 @@ int rows_product_cuda(const RowsProductParams& p, void* stream) {
 int hidden_backward_cuda(const HiddenBackwardParams& p, void* stream) {
   if (p.f == 0 || p.experts.n_rows == 0) return 0;
   if (!is_half(p.dtype) || !p.grad.index || !takes(p.grad, p.h) || !takes(p.experts, p.f) ||
-      !whole_chunks(p.f, p.down_stride, p.down) || p.down_stride < p.f ||
-      p.down_expert_stride % 8 != 0 || uintptr_t(p.pre) % 16 || uintptr_t(p.grad_pre) % 16 ||
-      uintptr_t(p.hidden) % 16 || !on_hopper()) {
+      !takes(p.down, p.h, p.f) || p.f % 8 != 0 || uintptr_t(p.pre) % 16 ||
+      uintptr_t(p.grad_pre) % 16 || uintptr_t(p.hidden) % 16 || !on_hopper()) {
     return hidden_backward_portable(p, stream);
   }
   return with_half(
       p.dtype,
       [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return columns_per_hidden(p.activation) == 2
-                   ? hopper::hidden_backward_launch<T, true>(p, stream)
-                   : hopper::hidden_backward_launch<T, false>(p, stream);
+        const auto launch = [&](auto by_column) {
+          constexpr bool kByColumn = decltype(by_column)::value;
+          return columns_per_hidden(p.activation) == 2
+                     ? hopper::hidden_backward_launch<T, kByColumn, true>(p, stream)
+                     : hopper::hidden_backward_launch<T, kByColumn, false>(p, stream);
+        };
+        return p.down.by_column ? launch(std::true_type()) : launch(std::false_type());
       },
       [&] { return hidden_backward_portable(p, stream); });
 }

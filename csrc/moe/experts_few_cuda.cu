@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (expert < 0 || column >= width) return;
   const T* row = row_or_null<T>(p.a, r);
   const T* gate_from =
-      static_cast<const T*>(p.b) + expert * p.b_expert_stride + column * p.b_stride;
-  const T* up_from = gate_from + width * p.b_stride;
+      static_cast<const T*>(p.b.data) + expert * p.b.expert_stride + column * p.b.stride;
+  const T* up_from = gate_from + width * p.b.stride;
   float gate = 0, up = 0;
   for (int64_t first = lane_id() * N; row && first < p.k; first += kAhead * 32 * N) {
     P gates[kAhead], ups[kAhead], x[kAhead];
@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(kThreads, 2) token_sums_few_kernel(const Token
       const int64_t c = begin + lane_id() * N;
       from[i] = nullptr;
       if (entry < entries.count && expert >= 0 && c < p.k) {
-        const T* b = static_cast<const T*>(p.b) + expert * p.b_expert_stride + column * p.b_stride;
+        const T* b =
+            static_cast<const T*>(p.b.data) + expert * p.b.expert_stride + column * p.b.stride;
         weights[i] = load(reinterpret_cast<const P*>(b + c));
         from[i] = static_cast<const T*>(p.rows) + row * p.k + c;
       }
@@ -211,7 +212,7 @@ int launch_early(Kernel* kernel, dim3 grid, void* stream, const Params& params) 
 int rows_product_few(const RowsProductParams& p, void* stream) {
   const int64_t width = p.n / columns_per_hidden(p.activation);
   const dim3 grid = grid_of(p.experts.n_rows, width);
-  return with_packs(p.dtype, {p.k, p.a.stride, p.b_stride, p.b_expert_stride}, {p.a.data, p.b},
+  return with_packs(p.dtype, {p.k, p.a.stride, p.b.stride, p.b.expert_stride}, {p.a.data, p.b.data},
                     [&](auto* type, auto n) {
                       using T = std::remove_pointer_t<decltype(type)>;
                       constexpr int N = decltype(n)::value;
@@ -225,7 +226,7 @@ int rows_product_few(const RowsProductParams& p, void* stream) {
 int token_sums_few_cuda(const TokenSumsParams& p, void* stream) {
   const dim3 grid = grid_of(p.map.n_tokens, p.n);
   return with_packs(
-      p.dtype, {p.k, p.b_stride, p.b_expert_stride}, {p.rows, p.b}, [&](auto* type, auto n) {
+      p.dtype, {p.k, p.b.stride, p.b.expert_stride}, {p.rows, p.b.data}, [&](auto* type, auto n) {
         using T = std::remove_pointer_t<decltype(type)>;
         return launch_early(token_sums_few_kernel<T, decltype(n)::value>, grid, stream, p);
       });

@@ -12,7 +12,7 @@ constexpr int kNotTaken = -1;
 // T is __nv_bfloat16 or __half. Activations are for gathered rows.
 template <class T, bool kGather, bool kByColumn, bool kGated>
 int rows_product_launch(const RowsProductParams& params, void* stream);
-template <class T, bool kGated>
+template <class T, bool kByColumn, bool kGated>
 int hidden_backward_launch(const HiddenBackwardParams& params, void* stream);
 // With kTransposed it is b that is gathered.
 template <class T, bool kGather, bool kTransposed>

@@ -157,7 +157,7 @@ class HiddenStore {
   int own_row_;
 };
 
-template <class T, bool kGated>
+template <class T, bool kByColumn, bool kGated>
 __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
     hidden_backward_kernel(const __grid_constant__ HiddenBackward p) {
 #if SPARSEMOE_HOPPER
@@ -166,7 +166,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
   const int warpgroup = int(threadIdx.x / 128) - 1;
   if (warpgroup < 0) {
     registers_lower_to<kLoadRegisters>();
-    load_tiles<T, true, false, false>(
+    load_tiles<T, true, kByColumn, false>(
         s, p, [&](const Tile& tile, Stage& stage) { load_pre<kGated>(s, p, tile, stage); });
   } else {
     registers_raise_to<kMultiplyRegisters>();
@@ -184,7 +184,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
       const int row = tile.first_row + warpgroup * 64 + warp * 16;
       const int rows = max(min(tile.n_rows - warpgroup * 64 - warp * 16, 16), 0);
       float sum[128];
-      multiply<T, false, true, true>(s, stage, warpgroup, p.blocks, sum);
+      multiply<T, false, !kByColumn, true>(s, stage, warpgroup, p.blocks, sum);
       float inner[2] = {};
       with_activation(p.activation, [&](auto a) {
         constexpr Activation A = decltype(a)::value;
@@ -211,7 +211,7 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <class T, bool kGated>
+template <class T, bool kByColumn, bool kGated>
 int hidden_backward_launch(const HiddenBackwardParams& params, void* stream) {
   HiddenBackward p{};
   p.counter = params.counter;
@@ -227,17 +227,15 @@ int hidden_backward_launch(const HiddenBackwardParams& params, void* stream) {
   const int64_t f = params.f, parts = kGated ? 2 : 1;
   p.pre_blocks = int(std::min<int64_t>(ceil_div(f, kBoxWidth), kTileN / kBoxWidth));
   const bool made =
-      make_tensor_map(
-          &p.b, params.dtype, params.down, {f, params.h, 1, p.n_experts},
-          {params.down_stride, params.h * params.down_stride, params.down_expert_stride}, kTileK) &&
+      make_map_of_b<kByColumn>(&p.b, params.dtype, params.down, params.h, f, 1, p.n_experts) &&
       make_tensor_map(&p.pre, params.dtype, params.pre, {f, p.n_rows, parts, 1}, {f * parts, f, f},
                       64) &&
       make_row_run_map(&p.grad_pre, params.dtype, params.grad_pre, p.n_rows, f, parts, f * parts,
                        16) &&
       make_row_run_map(&p.hidden, params.dtype, params.hidden, p.n_rows, f, 1, f, 16);
   if (!made) return kNotTaken;
-  return launch(hidden_backward_kernel<T, kGated>, p, row_pairs_at_most(params.experts, p.n_tiles),
-                stream);
+  return launch(hidden_backward_kernel<T, kByColumn, kGated>, p,
+                row_pairs_at_most(params.experts, p.n_tiles), stream);
 }
 
 }  // namespace hopper

@@ -3,8 +3,11 @@
 namespace sparsemoe {
 namespace hopper {
 
-template int hidden_backward_launch<__nv_bfloat16, true>(const HiddenBackwardParams&, void*);
-template int hidden_backward_launch<__nv_bfloat16, false>(const HiddenBackwardParams&, void*);
+template int hidden_backward_launch<__nv_bfloat16, false, true>(const HiddenBackwardParams&, void*);
+template int hidden_backward_launch<__nv_bfloat16, false, false>(const HiddenBackwardParams&,
+                                                                 void*);
+template int hidden_backward_launch<__nv_bfloat16, true, true>(const HiddenBackwardParams&, void*);
+template int hidden_backward_launch<__nv_bfloat16, true, false>(const HiddenBackwardParams&, void*);
 
 }  // namespace hopper
 }  // namespace sparsemoe

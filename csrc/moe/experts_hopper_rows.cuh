@@ -67,9 +67,9 @@ __device__ inline void tma_load_b(const Tile& tile, uint32_t to, const CUtensorM
 // The next pair of tiles is known and handed on after so many blocks of one: the answer is there.
 constexpr int kHandOnAfter = 3;
 
-// The loading warpgroup of kernels whose tiles are of rows of experts. b lies by column in two
-// boxes of 128 rows (of both halves, where kGated), by row in four of 64 columns. `more`(tile,
-// stage) loads what a tile needs besides.
+// The loading warpgroup of kernels whose tiles are of rows of experts. Each half of b (of the gate
+// and of what it gates, where kGated) lies by column in a box of 128 columns, by row in two of 64.
+// `more`(tile, stage) loads what a tile needs besides.
 template <class T, bool kGather, bool kByColumn, bool kGated, class Params, class More>
 __device__ void load_tiles(Shared& s, const Params& p, const More& more) {
   if (!kGather && warp_id() != 0) return;
@@ -112,8 +112,8 @@ __device__ void load_tiles(Shared& s, const Params& p, const More& more) {
           if (kByColumn) {
             tma_load_b(tile, to, p.b, full, k, column, part);
           } else {
-            tma_load_b(tile, to, p.b, full, column, k, 0);
-            tma_load_b(tile, to + kBoxBytes, p.b, full, column + kBoxWidth, k, 0);
+            tma_load_b(tile, to, p.b, full, column, k, part);
+            tma_load_b(tile, to + kBoxBytes, p.b, full, column + kBoxWidth, k, part);
           }
         }
       }
@@ -227,6 +227,18 @@ __global__ void SPARSEMOE_CLUSTER(2) __launch_bounds__(kThreads, 1)
 #endif
 }
 
+// For tma_load_b: matrices [k, parts * width], in boxes that hold 64 of k.
+template <bool kByColumn>
+bool make_map_of_b(CUtensorMap* map, DType dtype, const Matrices& b, int64_t k, int64_t width,
+                   int64_t parts, int64_t n_experts) {
+  if (kByColumn) {
+    return make_tensor_map(map, dtype, b.data, {k, width, parts, n_experts},
+                           {b.stride, width * b.stride, b.expert_stride}, kTileN / 2);
+  }
+  return make_tensor_map(map, dtype, b.data, {width, k, parts, n_experts},
+                         {b.stride, width, b.expert_stride}, kTileK);
+}
+
 template <class T, bool kGather, bool kByColumn, bool kGated>
 int rows_product_launch(const RowsProductParams& params, void* stream) {
   RowsProduct p{};
@@ -248,14 +260,8 @@ int rows_product_launch(const RowsProductParams& params, void* stream) {
     made = make_tensor_map(&p.a, params.dtype, params.a.data, {params.k, p.n_rows, 1, 1},
                            {params.a.stride, params.a.stride, params.a.stride}, 64);
   }
-  made = made &&
-         (kByColumn
-              ? make_tensor_map(&p.b, params.dtype, params.b, {params.k, width, parts, p.n_experts},
-                                {params.b_stride, width * params.b_stride, params.b_expert_stride},
-                                kTileN / 2)
-              : make_tensor_map(
-                    &p.b, params.dtype, params.b, {params.n, params.k, 1, p.n_experts},
-                    {params.b_stride, params.k * params.b_stride, params.b_expert_stride}, kTileK));
+  made = made && make_map_of_b<kByColumn>(&p.b, params.dtype, params.b, params.k, width, parts,
+                                          p.n_experts);
   if (p.keep) {
     made = made &&
            make_row_run_map(&p.pre, params.dtype, params.pre, p.n_rows, width, parts, params.n, 16);

@@ -120,6 +120,12 @@ bool in_chunks(const void* data, int64_t stride, int64_t width) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (stride | width) % kPack<T> == 0;
 }
 
+// Matrices [k, n], or where gated [k, 2 n].
+template <class T>
+bool in_chunks(const Matrices& b, int64_t k, int64_t n) {
+  return in_chunks<T>(b.data, b.stride | b.expert_stride, b.by_column ? k : n);
+}
+
 // Calls f with true_type or false_type.
 template <class F>
 int with_bool(bool value, F f) {

@@ -70,15 +70,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   AlongK<T, kAligned> a(int(p.k), [&](int i) -> const T* {
     return i < tile.rows ? row_or_null<T>(p.a, tile.first + i) : nullptr;
   });
-  const T* b = static_cast<const T*>(p.b) + tile.expert * p.b_expert_stride;
+  const T* b = static_cast<const T*>(p.b.data) + tile.expert * p.b.expert_stride;
   if constexpr (kByColumn) {
     AlongK<T, kAligned> columns_of_b(int(p.k), [&](int i) -> const T* {
-      return columns.hidden(i) < columns.width ? b + columns.column(i) * p.b_stride : nullptr;
+      return columns.hidden(i) < columns.width ? b + columns.column(i) * p.b.stride : nullptr;
     });
     multiply<T>(shared, a, columns_of_b, int(p.k), tile.rows);
   } else {
     AcrossK<T, kAligned, false> rows_of_b(
-        Rows{b, p.b_stride, p.k, nullptr}, 0, int(p.k), [&](int i) { return columns.column(i); },
+        Rows{b, p.b.stride, p.k, nullptr}, 0, int(p.k), [&](int i) { return columns.column(i); },
         [&](int i) { return columns.width - columns.hidden(i); });
     multiply<T>(shared, a, rows_of_b, int(p.k), tile.rows);
   }
@@ -95,11 +95,9 @@ int rows_product(const RowsProductParams& p, void* stream) {
   const int64_t column_tiles = ceil_div(width, gated ? kTile / 2 : kTile);
   const bool aligned_out =
       in_chunks<T>(p.out, p.out_stride, width) && in_chunks<T>(p.pre, p.n, width);
-  const bool aligned = in_chunks<T>(p.a.data, p.a.stride, p.k) &&
-                       in_chunks<T>(p.b, p.b_stride, p.b_by_column ? p.k : width) &&
-                       p.b_expert_stride % kPack<T> == 0;
+  const bool aligned = in_chunks<T>(p.a.data, p.a.stride, p.k) && in_chunks<T>(p.b, p.k, width);
   return with_bool(aligned, [&](auto is_aligned) {
-    return with_bool(p.b_by_column, [&](auto by_column) {
+    return with_bool(p.b.by_column, [&](auto by_column) {
       return launch(rows_product_kernel<T, decltype(is_aligned)::value, decltype(by_column)::value>,
                     row_tiles * column_tiles, stream, p, gated, int(row_tiles), int(column_tiles),
                     aligned_out);
@@ -161,7 +159,7 @@ __device__ void finish_hidden(const HiddenBackwardParams& p, const RowTile& tile
 }
 
 // A block has kInnerColumns columns, one tile after the other.
-template <class T, bool kAligned>
+template <class T, bool kAligned, bool kByColumn>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
     hidden_backward_kernel(const HiddenBackwardParams p, int row_tiles, int parts,
                            bool aligned_out) {
@@ -171,16 +169,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   const Place place = place_of(blockIdx.x, row_tiles, parts);
   const RowTile tile = row_tile(p.experts, place.row);
   if (tile.rows == 0) return;
-  const T* down = static_cast<const T*>(p.down) + tile.expert * p.down_expert_stride;
+  const T* down = static_cast<const T*>(p.down.data) + tile.expert * p.down.expert_stride;
   const int64_t begin = place.column * kInnerColumns, end = min(begin + kInnerColumns, p.f);
   for (int64_t first = begin; first < end; first += kTile) {
     AlongK<T, kAligned> a(int(p.h), [&](int i) -> const T* {
       return i < tile.rows ? row_or_null<T>(p.grad, tile.first + i) : nullptr;
     });
-    AcrossK<T, kAligned, false> b(
-        Rows{down, p.down_stride, p.h, nullptr}, 0, int(p.h), [&](int i) { return first + i; },
-        [&](int i) { return p.f - first - i; });
-    multiply<T>(shared, a, b, int(p.h), tile.rows);
+    if constexpr (kByColumn) {
+      AlongK<T, kAligned> b(int(p.h), [&](int i) -> const T* {
+        return first + i < p.f ? down + (first + i) * p.down.stride : nullptr;
+      });
+      multiply<T>(shared, a, b, int(p.h), tile.rows);
+    } else {
+      AcrossK<T, kAligned, false> b(
+          Rows{down, p.down.stride, p.h, nullptr}, 0, int(p.h), [&](int i) { return first + i; },
+          [&](int i) { return p.f - first - i; });
+      multiply<T>(shared, a, b, int(p.h), tile.rows);
+    }
     with_activation(p.activation, [&](auto activation) {
       finish_hidden<decltype(activation)::value, T>(p, tile, first, shared.sums, inner,
                                                     first > begin, aligned_out);
@@ -197,11 +202,14 @@ int hidden_backward(const HiddenBackwardParams& p, void* stream) {
   const int64_t row_tiles = row_tiles_at_most(p.experts), parts = inner_parts(p.f);
   const bool aligned_out = in_chunks<T>(p.pre, p.f, p.f) && in_chunks<T>(p.grad_pre, p.f, p.f) &&
                            in_chunks<T>(p.hidden, p.f, p.f);
-  const bool aligned = in_chunks<T>(p.grad.data, p.grad.stride, p.h) &&
-                       in_chunks<T>(p.down, p.down_stride | p.down_expert_stride, p.f);
+  const bool aligned =
+      in_chunks<T>(p.grad.data, p.grad.stride, p.h) && in_chunks<T>(p.down, p.h, p.f);
   return with_bool(aligned, [&](auto is_aligned) {
-    return launch(hidden_backward_kernel<T, decltype(is_aligned)::value>, row_tiles * parts, stream,
-                  p, int(row_tiles), int(parts), aligned_out);
+    return with_bool(p.down.by_column, [&](auto by_column) {
+      return launch(
+          hidden_backward_kernel<T, decltype(is_aligned)::value, decltype(by_column)::value>,
+          row_tiles * parts, stream, p, int(row_tiles), int(parts), aligned_out);
+    });
   });
 }
 

@@ -35,6 +35,7 @@ def calls(device):
     )
     up_bias, down_bias = (torch.randn(12, n, device=device, requires_grad=True) for n in (24, 16))
     biases, no_biases = (up_bias, down_bias), (None, None)
+    up_columns, down_columns = (t.detach().mT.contiguous().mT.requires_grad_() for t in (up, down))
     y_grad = torch.randn(20, 16, device=device)
     fixed_layer = [t.detach() for t in (x, up, down, up_bias, down_bias, w)]
     pre = torch.randn(60, 24, device=device)
@@ -60,6 +61,10 @@ def calls(device):
         "combine, capacity": (OPS.combine, (few, w, *capped[2:])),
         "combine, expert choice": (OPS.combine, (many, chosen.weights.detach(), *by_token[2:])),
         "experts": (OPS.experts, (x, up, down, *no_biases, w, *sliced(plan), "swiglu", True)),
+        "experts, projections by column": (
+            OPS.experts,
+            (x, up_columns, down_columns, *no_biases, w, *sliced(plan), "swiglu", True),
+        ),
         "experts, biases": (
             OPS.experts,
             (x, up, down, *biases, w, *sliced(plan), "geglu", True),

@@ -15,6 +15,14 @@ def _real(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _by_column(stack: Tensor) -> bool:
+    """Whether matrices are stored by column, as csrc/moe/expert_inputs.h decides it."""
+    _, n, m = stack.shape
+    _, row, column = stack.stride()
+    dense_rows = (m <= 1 or column == 1) and (n <= 1 or row >= m)
+    return not dense_rows and (n <= 1 or row == 1) and (m <= 1 or column >= n)
+
+
 @register_fake("sparsemoe::experts")
 def _(
     x,
@@ -60,10 +68,15 @@ def _(
     def like(argument, wanted=True):
         return x.new_empty(argument.shape if wanted and argument is not None else (0,))
 
+    def like_stack(stack, wanted):
+        if wanted and stack.is_cuda and _by_column(stack):
+            return like(stack.mT).mT
+        return like(stack, wanted)
+
     return (
         like(x, need_x),
-        like(gate_up_proj, need_gate_up and gate_up_sum is None),
-        like(down_proj, need_down and down_sum is None),
+        like_stack(gate_up_proj, need_gate_up and gate_up_sum is None),
+        like_stack(down_proj, need_down and down_sum is None),
         like(gate_up_bias, need_gate_up),
         like(down_bias, need_down),
         weights.new_empty(weights.shape) if weights is not None else like(None).to(_real(x)),
@@ -146,8 +159,7 @@ def _mm_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_a = _ops.grouped_mm.default(grad, b.mT, offsets)
     if ctx.needs_input_grad[1]:
-        by_column = b.stride(-1) != 1 and b.stride(-2) == 1
-        grad_b = _ops.grouped_mm_backward_b.default(a, grad, offsets, by_column)
+        grad_b = _ops.grouped_mm_backward_b.default(a, grad, offsets, _by_column(b))
     return grad_a, grad_b, None
 
 

@@ -263,7 +263,9 @@ def experts(
     Args:
         x: [T, H].
         gate_up_proj: [E, 2F, H], the gate's rows first; [E, F, H] for an activation without gate.
-        down_proj: [E, H, F]. On a GPU, a projection whose rows are not dense is copied.
+        down_proj: [E, H, F]. Projections may be stored by column ([E, H, 2F] seen through .mT) and
+            lie in larger tensors. One with neither rows nor columns dense is copied. On a GPU, few
+            rows are fastest with dense rows.
         plan: from :func:`plan` or :func:`plan_from_tokens`.
         weights: one a pair, shaped as the choice gave them; None: ones.
         activation: "swiglu", "geglu", "relu2", "silu" or "gelu".
