@@ -260,12 +260,14 @@ def experts(
         y[t] = sum over t's rows of weight * (down_proj[e] @ h + down_bias[e])
         h = activation(gate_up_proj[e] @ x[t] + gate_up_bias[e])
 
+    Projections are read where they lie, in larger tensors and by column too ([E, H, 2F] seen
+    through .mT); one with neither rows nor columns dense is copied. On a GPU few tokens are
+    fastest with dense rows.
+
     Args:
         x: [T, H].
         gate_up_proj: [E, 2F, H], the gate's rows first; [E, F, H] for an activation without gate.
-        down_proj: [E, H, F]. Projections may be stored by column ([E, H, 2F] seen through .mT) and
-            lie in larger tensors. One with neither rows nor columns dense is copied. On a GPU, few
-            rows are fastest with dense rows.
+        down_proj: [E, H, F].
         plan: from :func:`plan` or :func:`plan_from_tokens`.
         weights: one a pair, shaped as the choice gave them; None: ones.
         activation: "swiglu", "geglu", "relu2", "silu" or "gelu".
