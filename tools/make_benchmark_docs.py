@@ -17,12 +17,12 @@ Made by `tools/make_benchmark_docs.py` from the files in `bench/results`; do not
 On a GPU a time is device time: the median over repeated calls, the L2 cache flushed before each,
 the call enqueued while the GPU waits, so that launches are not counted. On a CPU it is the median
 wall time, and caches are warm. The implementations of an operation take turns, so that a GPU's heat
-and whatever else a CPU does fall on all (not yet in the GPU's results of `moe`). Every result was
-first compared with the reference. The floor is the larger of the bytes that the operation must move
-over the copy bandwidth of the same run (on a CPU, that of a copy of the same size), and its
-operations over the rate of a large dense matrix product of the same dtype in the same run, of which
-a percentage is given; what is counted stands at the end. "Plain PyTorch" is the fastest of the
-expressions in `bench/plain_*.py`, eager or compiled.
+and whatever else a CPU does fall on all. Every result was first compared with the reference. The
+floor is the larger of the bytes that the operation must move over the copy bandwidth of the same
+run (on a CPU, that of a copy of the same size), and its operations over the rate of a large dense
+matrix product of the same dtype in the same run, of which a percentage is given; what is counted
+stands at the end. "Plain PyTorch" is the fastest of the expressions in `bench/plain_*.py`, eager or
+compiled.
 
 To repeat: `python -m bench.run --out FILE`. To explain a time: `python -m bench.profile --help`.
 """
