@@ -42,9 +42,9 @@ class Shape:
     @property
     def to_compile(self) -> Shape:
         """What fills the compilers' caches as well: their kernels are for widths, not for sizes.
-        At most 2**30 weights, since several processes compile side by side on one GPU."""
+        At most 2**29 weights, since several processes compile side by side on one GPU."""
         experts = self.experts
-        while experts > self.top_k and 3 * experts * self.hidden * self.width > 2**30:
+        while experts > self.top_k and 3 * experts * self.hidden * self.width > 2**29:
             experts //= 2
         return replace(self, tokens=min(self.tokens, 2048), experts=experts)
 

@@ -1,122 +1,18 @@
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch import Tensor
 
 from sparsemoe.ops import moe
-from sparsemoe.reference import moe as reference
+from tests.ops.expert_cases import (
+    DTYPES,
+    RAGGED,
+    SIZES,
+    Inputs,
+    check,
+    layer,
+    near,
+    ragged_plan,
+)
 from tests.ops.moe_cases import HALVES, routed
-
-# Relative error that a row of y, or of a gradient, may have.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-DTYPES = [torch.float32, *HALVES]
-
-# Around the tiles of the GPU's kernels: 128 rows by 256 columns, 64 deep.
-RAGGED = [0, 1, 2, 127, 128, 129, 0, 31, 257, 3]
-SIZES = [(64, 64), (200, 136), (136, 264), (264, 200), (72, 520), (37, 29)]
-
-
-class Inputs(NamedTuple):
-    x: Tensor
-    gate_up_proj: Tensor
-    down_proj: Tensor
-    gate_up_bias: Tensor | None
-    down_bias: Tensor | None
-    weights: Tensor | None
-
-    def run(self, plan, activation="swiglu", **options):
-        x, up, down, up_bias, down_bias, weights = self
-        biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
-        return moe.experts(x, up, down, plan, weights, activation, **biases, **options)
-
-    def expected(self, plan, activation="swiglu"):
-        x, up, down, up_bias, down_bias, weights = self
-        return reference.experts(x, up, down, plan, weights, activation, up_bias, down_bias)
-
-    def given(self):
-        return {name: t for name, t in self._asdict().items() if t is not None}
-
-    def to(self, dtype):
-        """Leaves with the same values; the routing weights stay float32 with half types."""
-        wide = torch.promote_types(dtype, torch.float32)
-        return Inputs(
-            *(
-                None if t is None else t.detach().to(wide if t is self.weights else dtype).clone()
-                for t in self
-            )
-        ).differentiable()
-
-    def differentiable(self):
-        for t in self.given().values():
-            t.requires_grad_()
-        return self
-
-    def grads(self):
-        return {name: t.grad for name, t in self.given().items()}
-
-
-def layer(n_tokens, hidden, inner, n_experts, device, dtype, weights=None, **options):
-    """Random inputs. Options: activation, bias."""
-    width = moe.ACTIVATIONS[options.get("activation", "swiglu")] * inner
-    x = torch.randn(n_tokens, hidden, device=device)
-    up = torch.randn(n_experts, width, hidden, device=device) * hidden**-0.5
-    down = torch.randn(n_experts, hidden, inner, device=device) * inner**-0.5
-    up_bias = down_bias = None
-    if options.get("bias"):
-        up_bias = torch.randn(n_experts, width, device=device)
-        down_bias = torch.randn(n_experts, hidden, device=device)
-    return Inputs(x, up, down, up_bias, down_bias, weights).to(dtype)
-
-
-def ragged_plan(counts, device):
-    """One expert a token, in random order; and weights."""
-    chosen = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    chosen = chosen[torch.randperm(len(chosen))].int()[:, None].to(device)
-    return moe.plan(chosen, len(counts)), torch.rand(chosen.shape, device=device) + 0.5
-
-
-def near(name, actual, expected, dtype, slack=1):
-    """Row by row, so that one wrong row among many is seen. Small rows count as an average one."""
-    assert actual.shape == expected.shape, name
-    if not actual.numel():
-        return
-    if name == "weights":
-        actual, expected = actual.reshape(-1, 1), expected.reshape(-1, 1)
-    error = (actual.double() - expected.double()).flatten(0, -2).norm(dim=1)
-    size = expected.double().flatten(0, -2).norm(dim=1)
-    size = size.clamp(min=size.square().mean().sqrt().item() + 1e-30)
-    worst = (error / size).max().item()
-    assert worst <= slack * TOLERANCE[dtype], f"{name} is wrong by {worst:.2g}"
-
-
-@contextmanager
-def poisoned_memory():
-    """Deterministic mode fills new memory with NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def check(inputs, plan, activation="swiglu", poisoned=False, slack=1, **options):
-    """y and every gradient against the reference in float64 on the same rounded inputs."""
-    dtype = inputs.x.dtype
-    exact = inputs.to(torch.float64)
-    expected = exact.expected(plan, activation)
-    upstream = torch.randn(expected.shape, device=expected.device).to(dtype)
-    with poisoned_memory() if poisoned else nullcontext():
-        y = inputs.run(plan, activation, **options)
-        y.backward(upstream)
-    assert y.dtype == dtype
-    near("y", y, expected, dtype)
-    expected.backward(upstream.double())
-    for (name, actual), wanted in zip(inputs.grads().items(), exact.grads().values(), strict=True):
-        assert actual.dtype == getattr(inputs, name).dtype
-        wanted = torch.zeros_like(actual) if wanted is None else wanted
-        near(name, actual, wanted, dtype, slack)
 
 
 @pytest.mark.parametrize("hidden, inner", SIZES)
@@ -374,89 +270,6 @@ def test_nothing_is_kept_without_gradient(device):
         assert not inputs.run(moe.plan(experts, 5)).requires_grad
     with torch.inference_mode():
         inputs.run(moe.plan(experts, 5))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_inputs(device, dtype):
-    experts, weights = routed(40, 5, 2, device)
-    plan = moe.plan(experts, 5)
-    plain = layer(40, 24, 16, 5, device, dtype, weights, bias=True)
-    x = torch.stack([plain.x.detach(), plain.x.detach()], 1).flatten(1)[:, :24]
-    up, down = (t.detach().mT.contiguous().mT for t in plain[1:3])
-    up_bias, down_bias = (t.detach().T.contiguous().T for t in plain[3:5])
-    strided = Inputs(x, up, down, up_bias, down_bias, weights.detach().T.contiguous().T)
-    assert not any(t.is_contiguous() for t in strided)
-    strided = strided.differentiable()
-    y, y_plain = strided.run(plan), plain.run(plan)
-    near("y", y, y_plain, dtype)
-    upstream = torch.randn(24, 40, device=device).to(dtype).T
-    y.backward(upstream)
-    y_plain.backward(upstream.contiguous())
-    for name, grad in strided.grads().items():
-        near(name, grad, plain.grads()[name], dtype)
-    sliced = Inputs(plain.x[:, 1:22], plain.gate_up_proj[:, :, 3:], *plain[2:])
-    sliced = sliced._replace(down_proj=plain.down_proj[:, :21], down_bias=plain.down_bias[:, :21])
-    near("y", sliced.run(plan), sliced.to(torch.float64).expected(plan), dtype)
-
-
-@pytest.mark.parametrize("hidden, inner", SIZES)
-@pytest.mark.parametrize("activation, recompute", [("swiglu", False), ("gelu", True)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_projections_by_column(device, dtype, activation, recompute, hidden, inner):
-    plan, weights = ragged_plan(RAGGED, device)
-    options = {"activation": activation, "bias": True}
-    plain = layer(sum(RAGGED), hidden, inner, len(RAGGED), device, dtype, weights, **options)
-    up, down = (t.detach().mT.contiguous().mT for t in plain[1:3])
-    inputs = Inputs(*(t.detach() for t in (plain.x, up, down, *plain[3:]))).differentiable()
-    check(inputs, plan, activation, recompute=recompute)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("by_column", [False, True])
-@pytest.mark.parametrize("n_tokens", [0, 3, 300])
-def test_projections_inside_larger_tensors(device, dtype, by_column, n_tokens):
-    """They are read where they lie."""
-    n_experts, hidden, inner = 16, 256, 128
-    experts, weights = routed(n_tokens, n_experts, 2, device)
-    plan = moe.plan(experts, n_experts)
-    plain = layer(n_tokens, hidden, inner, n_experts, device, dtype, weights)
-    parts = []
-    for t in (t.detach().mT if by_column else t.detach() for t in plain[1:3]):
-        whole = torch.full((n_experts, t.shape[1] + 8, t.shape[2] + 16), torch.nan, device=device)
-        part = whole.to(dtype)[:, : t.shape[1], : t.shape[2]].copy_(t)
-        parts.append(part.mT if by_column else part)
-    strided = Inputs(plain.x.detach().clone(), *parts, None, None, weights.detach().clone())
-    if device == "cuda":
-        with torch.no_grad():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            strided.run(plan)
-            extra = torch.cuda.max_memory_allocated() - before
-        assert extra < parts[1].numel() * parts[1].element_size()
-    strided = strided.differentiable()
-    y, y_plain = strided.run(plan), plain.run(plan)
-    upstream = torch.randn(n_tokens, hidden, device=device).to(dtype)
-    y.backward(upstream)
-    y_plain.backward(upstream)
-    grads = plain.grads()
-    for name, actual, expected in [
-        ("y", y, y_plain),
-        *((name, grad, grads[name]) for name, grad in strided.grads().items()),
-    ]:
-        near(name, actual, expected, dtype)
-        if device == "cuda" and not by_column:
-            assert torch.equal(actual, expected), name  # the same kernels
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_matrix_for_all_experts(device, dtype):
-    experts, weights = routed(300, 6, 2, device)
-    plan = moe.plan(experts, 6)
-    plain = layer(300, 64, 128, 1, device, dtype)
-    shared = (t.detach().expand(6, -1, -1) for t in plain[1:3])
-    x, weights = plain.x.detach(), weights.detach()
-    shared = Inputs(x, *shared, None, None, weights).differentiable()
-    check(shared, plan)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,8 +3,8 @@ import torch
 
 from sparsemoe.ops import moe
 from sparsemoe.reference import moe as reference
+from tests.ops.expert_cases import DTYPES, RAGGED, near, poisoned_memory
 from tests.ops.moe_cases import HALVES
-from tests.ops.test_moe_experts import DTYPES, RAGGED, near, poisoned_memory
 
 # [in, out] around the tiles of the GPU's kernels, and widths that no library kernel takes.
 SIZES = [(64, 256), (72, 264), (200, 136), (8, 8), (37, 29), (1, 3), (130, 5)]

@@ -38,6 +38,7 @@ def calls(device):
     up_columns, down_columns = (t.detach().mT.contiguous().mT.requires_grad_() for t in (up, down))
     y_grad = torch.randn(20, 16, device=device)
     fixed_layer = [t.detach() for t in (x, up, down, up_bias, down_bias, w)]
+    fixed_by_column = [x.detach(), up_columns.detach(), down_columns.detach(), *fixed_layer[3:]]
     pre = torch.randn(60, 24, device=device)
     sums = [torch.zeros(t.shape, device=device) for t in (up, down)]
     lse = torch.randn(20, device=device, requires_grad=True)
@@ -80,6 +81,10 @@ def calls(device):
         "experts_backward": (
             OPS.experts_backward,
             (y_grad, *fixed_layer, *sliced(plan), "swiglu", pre, True, True, True, None, None),
+        ),
+        "experts_backward, projections by column": (
+            OPS.experts_backward,
+            (y_grad, *fixed_by_column, *sliced(plan), "swiglu", pre, True, True, True, None, None),
         ),
         "experts_backward, into sums": (
             OPS.experts_backward,
