@@ -59,6 +59,8 @@ BY_COLUMN_LEAVES = "x gate_up_by_column down_by_column weights"
 ROUTED = "x low_router gate_up_proj down_proj top_k"
 ROUTED_LEAVES = "x low_router gate_up_proj down_proj"
 SONIC = "x low_router interleaved_proj down_proj"
+SONIC_LAYER = "x interleaved_proj down_proj pair_tokens experts weights"
+SONIC_LEAVES = "x interleaved_proj down_proj weights"
 
 torch_layer = partial(layer, plain_moe)
 whole_layer = {
@@ -81,6 +83,7 @@ router_linear = {
     "torch": call(plain_moe.router_linear, "x router"),
 }
 sonic = {"sonic-moe": call(peers.sonic_routed, f"{SONIC} top_k")}
+sonic_layer = {"sonic-moe": call(peers.sonic_layer, SONIC_LAYER)}
 grouped_mm = {
     **ours(up, "rows gate_up_proj plan"),
     "torch": call(partial(up, plain_moe, mm="products"), "rows gate_up_proj long_plan"),
@@ -152,13 +155,14 @@ OPS = [
     *with_backward(
         Op(
             "layer",
-            whole_layer,
+            whole_layer | sonic_layer,
             "6 T k F H operations; reads x and the weights of experts that take a row, writes y",
             layer_bytes,
             layer_flops,
         ),
-        forward_backward(whole_layer, LEAVES),
+        forward_backward(whole_layer, LEAVES) | forward_backward(sonic_layer, SONIC_LEAVES),
         "18 T k F H operations; three times the forward pass's bytes",
+        view=gradients_view,
     ),
     Op(
         "layer, CUDA graph",
@@ -236,7 +240,7 @@ def wanted(shape: Shape, op: Op, name: str) -> bool:
     if name in ("reference", "torch-compiled"):  # slow, and slow to compile
         return shape is SHAPES[0]
     if name == "sonic-moe":
-        return not decode
+        return not decode and ("router" in op.name or shape.skewed)
     return shape in SHAPES[:2] or name not in ("torch, index_add", "scattermoe")
 
 

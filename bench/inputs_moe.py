@@ -64,7 +64,7 @@ OTHERS = [
 ]
 DECODE = [
     replace(QWEN3, name=f"Qwen3-30B-A3B decode {tokens}", tokens=tokens)
-    for tokens in (1, 2, 4, 8, 16, 32, 64)
+    for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ]
 CPU = [
     Shape("small fp32", 4096, 512, 512, 32, 4, torch.float32),
@@ -190,6 +190,11 @@ class Inputs:
     def long_plan(self) -> Plan:
         """The same plan as plain PyTorch makes it, with int64 indices."""
         return plain_moe.plan(self.experts, self.num_experts)
+
+    @cached_property
+    def pair_tokens(self) -> Tensor:
+        pairs = torch.arange(self.shape.pairs, dtype=torch.int32, device=timing.DEVICE)
+        return pairs // self.top_k
 
     @cached_property
     def pair_rows(self) -> Tensor:

@@ -100,19 +100,42 @@ def sonic_routed(
     """Its logits are of x's dtype. Tuned for each size on first use."""
     from sonicmoe import moe_TC_softmax_topk_layer
 
-    y, *_ = moe_TC_softmax_topk_layer(
-        x,
-        router,
-        interleaved_proj.flatten(1, 2).permute(1, 2, 0),
-        None,
-        down_proj.permute(1, 2, 0),
-        None,
-        top_k,
-        torch.cuda.current_stream().cuda_stream,
-        activation_type="swiglu",
-        is_inference_mode_enabled=not torch.is_grad_enabled(),
-    )
+    projections = _sonic_projections(interleaved_proj, down_proj)
+    y, *_ = moe_TC_softmax_topk_layer(x, router, *projections, top_k, **_sonic_options())
     return y
+
+
+def sonic_layer(
+    x: Tensor,
+    interleaved_proj: Tensor,
+    down_proj: Tensor,
+    pair_tokens: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """The same where experts are chosen already."""
+    from sonicmoe import moe_general_routing_inputs
+
+    pairs = weights.flatten(), pair_tokens, experts.flatten()
+    projections = _sonic_projections(interleaved_proj, down_proj)
+    y, _ = moe_general_routing_inputs(x, *pairs, *projections, len(down_proj), **_sonic_options())
+    return y
+
+
+def _sonic_projections(interleaved_proj: Tensor, down_proj: Tensor) -> tuple[Any, ...]:
+    """Each with its bias."""
+    gate_up = interleaved_proj.flatten(1, 2).permute(1, 2, 0)
+    return gate_up, None, down_proj.permute(1, 2, 0), None
+
+
+def _sonic_options() -> dict[str, Any]:
+    from sonicmoe.enums import ActivationType
+
+    return {
+        "stream_id": torch.cuda.current_stream().cuda_stream,
+        "activation_type": ActivationType("swiglu"),
+        "is_inference_mode_enabled": not torch.is_grad_enabled(),
+    }
 
 
 def shorten_autotuning(index: int = 0, count: int = 1) -> None:

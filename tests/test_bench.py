@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import bench_experts, bench_moe, case, peers, timing
+from bench.bench_experts import GPU_SHAPES
 from bench.inputs_moe import GPU, Inputs, Shape
 
 SHAPE = Shape("tiny", 96, 64, 32, 8, 2, torch.float32)
@@ -35,6 +36,21 @@ def test_implementations_agree(op, name):
     )
     assert case.difference(op, shape, result, expected) is None
     assert op.nbytes(given) > 0
+
+
+@pytest.mark.parametrize(
+    "shape", [s for s in GPU_SHAPES if "decode" not in s.name], ids=lambda s: s.name
+)
+def test_every_large_layer_meets_the_peers(shape):
+    for suffix in ("", ", forward + backward"):
+        beside = {
+            name
+            for op in bench_experts.OPS
+            if op.name in ("layer" + suffix, "layer with router" + suffix)
+            for name in op.calls
+            if bench_experts.wanted(shape, op, name)
+        }
+        assert beside >= {"sparsemoe", "torch", "moe-ops", "liger", "sonic-moe"}
 
 
 def test_differences():
