@@ -44,7 +44,8 @@ def main() -> int:
         for index in range(count)
     ]
     deadline = time.monotonic() + args.compile_seconds
-    for process in compilers:
+    for index, process in enumerate(compilers):
+        print(f"compiling: {index} of {count} processes are done", flush=True)
         try:
             process.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:  # what is missing is compiled when it is measured
