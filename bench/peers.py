@@ -6,6 +6,7 @@ fail to import where it does not run.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -139,17 +140,13 @@ def _sonic_options() -> dict[str, Any]:
 
 
 def shorten_autotuning(index: int = 0, count: int = 1) -> None:
-    """Makes Triton's autotuners time each candidate for 25 ms, or once if it takes more than 5, and
-    try only every count-th one where count > 1: several processes fill the cache of compiled
-    kernels side by side."""
-    try:
-        import triton
-        from triton.runtime.autotuner import Autotuner
-    except ImportError:  # then they take longer
-        return
-    original = Autotuner.__init__
+    """Makes Triton's autotuners time each candidate for 25 ms, or once if it takes more than 5.
+    Where count > 1, they and those of sonic-moe try only every count-th candidate: several
+    processes fill the caches of compiled kernels side by side."""
 
     def brief(call: Any, quantiles: tuple[float, ...]) -> list[float]:
+        import triton
+
         call()
         start = timing.synchronized_clock()
         call()
@@ -158,9 +155,21 @@ def shorten_autotuning(index: int = 0, count: int = 1) -> None:
             return [ms] * len(quantiles)
         return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)
 
-    def short(self: Any, fn: Any, arg_names: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
-        share = (configs or [])[index::count] or configs
-        original(self, fn, arg_names, share, *args, **kwargs)
-        self._do_bench = brief
+    for module, do_bench in (("triton.runtime.autotuner", brief), ("quack.autotuner", None)):
+        try:
+            autotuner = importlib.import_module(module).Autotuner
+        except ImportError:  # then they take longer
+            continue
+        _shorten(autotuner, index, count, do_bench)
 
-    Autotuner.__init__ = short
+
+def _shorten(autotuner: Any, index: int, count: int, do_bench: Any) -> None:
+    original = autotuner.__init__
+
+    def short(self: Any, fn: Any, keys: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
+        share = (configs or [])[index::count] or configs
+        original(self, fn, keys, share, *args, **kwargs)
+        if do_bench:
+            self._do_bench = do_bench
+
+    autotuner.__init__ = short

@@ -32,12 +32,12 @@ def main() -> int:
     count = 8 * torch.cuda.is_available() if args.compilers is None else args.compilers
     files = [f"bench/bench_{family}.py" for family in args.family or FAMILIES]
     pytest = [sys.executable, "-m", "pytest", *files, "-q", *rest]
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "QUACK_COMPILE_WORKERS": "1"}
     compilers = [
         subprocess.Popen(
             [*pytest, "--compile-only", f"{index}/{count}"],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | alone,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
