@@ -145,8 +145,6 @@ def shorten_autotuning(index: int = 0, count: int = 1) -> None:
     processes fill the caches of compiled kernels side by side."""
 
     def brief(call: Any, quantiles: tuple[float, ...]) -> list[float]:
-        import triton
-
         call()
         start = timing.synchronized_clock()
         call()
@@ -155,21 +153,22 @@ def shorten_autotuning(index: int = 0, count: int = 1) -> None:
             return [ms] * len(quantiles)
         return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)
 
-    for module, do_bench in (("triton.runtime.autotuner", brief), ("quack.autotuner", None)):
-        try:
-            autotuner = importlib.import_module(module).Autotuner
-        except ImportError:  # then they take longer
-            continue
-        _shorten(autotuner, index, count, do_bench)
+    try:
+        import triton.runtime.autotuner
+    except ImportError:  # then they take longer
+        return
+    triton.runtime.autotuner.Autotuner.do_bench = staticmethod(brief)
+    for module in ("triton.runtime.autotuner", "quack.autotuner"):
+        if importlib.util.find_spec(module.partition(".")[0]):
+            share_candidates(importlib.import_module(module).Autotuner, index, count)
 
 
-def _shorten(autotuner: Any, index: int, count: int, do_bench: Any) -> None:
-    original = autotuner.__init__
+def share_candidates(autotuner: Any, index: int, count: int) -> None:
+    """Only those that suit the tensors count, so that no process is left without one."""
+    suitable = autotuner.prune_configs
 
-    def short(self: Any, fn: Any, keys: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
-        share = (configs or [])[index::count] or configs
-        original(self, fn, keys, share, *args, **kwargs)
-        if do_bench:
-            self._do_bench = do_bench
+    def share(self: Any, *args: Any) -> list[Any]:
+        candidates = suitable(self, *args)
+        return candidates[index::count] or candidates[:1]
 
-    autotuner.__init__ = short
+    autotuner.prune_configs = share
