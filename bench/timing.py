@@ -49,12 +49,13 @@ def times(call: Callable[[], Any], seconds: float) -> list[float]:
     total = synchronized_clock() - start
     if DEVICE.type == "cpu":
         return [_wall(call) for _ in range(_repeats(total, seconds))]
-    flush = torch.empty(5 * _l2_bytes(), dtype=torch.uint8, device=DEVICE)
+    # Read, not written: the call would have to wait until what is in the cache is written back.
+    flush = torch.zeros(5 * _l2_bytes() // 4, device=DEVICE)
     # The GPU waits until the host has enqueued the call, so that launches are not counted.
     wait = int(2e9 * min(1.5 * host + 1e-4, 0.02))
     events = []
     for _ in range(_repeats(total + wait / 2e9, seconds)):
-        flush.zero_()
+        flush.sum()
         torch.cuda._sleep(wait)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -157,6 +158,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         query = "--query-gpu=driver_version"
         found["cuda"] = torch.version.cuda
         found["driver"] = _output("nvidia-smi", query, "--format=csv,noheader")
+        found["L2 cache flushed by"] = "reading"
         found["copy of 1 GiB, TB/s"] = round(copy_rate(0) / 1e12, 3)
         found["matmul 8192^3 bf16, TFLOP/s"] = round(matmul_rate(torch.bfloat16) / 1e12, 1)
     else:

@@ -15,9 +15,11 @@ HEAD = """# Benchmarks
 Made by `tools/make_benchmark_docs.py` from the files in `bench/results`; do not edit.
 
 On a GPU a time is device time: the median over repeated calls, the L2 cache flushed before each,
-the call enqueued while the GPU waits, so that launches are not counted. On a CPU it is the median
-wall time, and caches are warm. The implementations of an operation take turns, so that a GPU's heat
-and whatever else a CPU does fall on all. Every result was first compared with the reference. The
+the call enqueued while the GPU waits, so that launches are not counted. The cache is flushed by
+reading other data; where the environment does not say so, by writing it, so that a call that reads
+much also waits until it is written back, up to 10 us. On a CPU a time is the median wall time, and
+caches are warm. The implementations of an operation take turns, so that a GPU's heat and whatever
+else a CPU does fall on all. Every result was first compared with the reference. The
 floor is the larger of the bytes that the operation must move over the copy bandwidth of the same
 run (on a CPU, that of a copy of the same size), and its operations over the rate of a large dense
 matrix product of the same dtype in the same run, of which a percentage is given; what is counted

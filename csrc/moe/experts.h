@@ -2,6 +2,7 @@
 // the same pass. R rows, E experts, H model width, F expert width.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -148,11 +149,12 @@ int clear_tail_cuda(const ClearTailParams& p, void* stream);
 
 // For few rows, whose experts are mostly different. b by column.
 constexpr int64_t kFewRows = 32;
-inline bool few_rows(const ExpertRows& experts, int64_t columns) {
+inline bool few_rows(const ExpertRows& experts, int64_t k, int64_t n) {
   return experts.n_rows <= kFewRows && experts.n_rows <= experts.n_experts &&
-         columns < (int64_t(1) << 19);  // so that their blocks fit into a grid
+         std::max(k, n) < (int64_t(1) << 19);  // so that k is an int, and the blocks fit a grid
 }
 int rows_product_few(const RowsProductParams& p, void* stream);
+// Must follow the kernel that makes `rows`: it reads all else while that kernel still runs.
 int token_sums_few_cuda(const TokenSumsParams& p, void* stream);
 
 // Any GPU of compute capability 8.0 or later, any width, also float.

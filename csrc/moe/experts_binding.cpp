@@ -81,8 +81,8 @@ struct Layer : ExpertInputs {
   Tensor sum_of_products(const Tensor& rows, const Matrices& b, const OptionalTensor& bias,
                          const OptionalTensor& by_weight, int64_t many_bytes) const {
     const Tensor y = empty({n_tokens, hidden}, type, x);
-    if (b.by_column && few_rows(experts, hidden) && plan.map.top_k <= kFewRows &&
-        n_tokens <= kFewRows) {
+    if (b.by_column && few_rows(experts, rows.size(1), hidden) && rows.size(1) > 0 &&
+        plan.map.top_k <= kFewRows && n_tokens <= kFewRows) {
       TokenSumsParams p{experts, dtype, plan.map, rows.size(1), hidden};
       p.rows = pointer(rows), p.b = b, p.bias = pointer(bias);
       p.weights = pointer<float>(by_weight), p.y = mutable_pointer(y);

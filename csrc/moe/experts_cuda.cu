@@ -57,7 +57,7 @@ __global__ void clear_tail_kernel(const int32_t* end, int64_t n_rows, int64_t ro
 
 int rows_product_cuda(const RowsProductParams& p, void* stream) {
   if (p.n == 0 || p.experts.n_rows == 0) return 0;
-  if (p.b.by_column && few_rows(p.experts, p.n)) return rows_product_few(p, stream);
+  if (p.b.by_column && few_rows(p.experts, p.k, p.n)) return rows_product_few(p, stream);
   const int64_t width = p.n / columns_per_hidden(p.activation);
   const bool gathers = p.a.index != nullptr, gated = width != p.n;
   if (!is_half(p.dtype) || !takes(p.a, p.k) || !takes(p.experts, p.n) || !takes(p.b, p.k, p.n) ||

@@ -1,7 +1,8 @@
 // A stable counting sort in two launches: blocks count their pairs; then every block adds up the
-// counts of the blocks before it and gives its pairs their rows, in order. Atomics touch integers
-// only, whose sums do not depend on the order.
-#include "common/cuda.cuh"
+// counts of the blocks before it and gives its pairs their rows, in order. Where one block takes
+// all pairs the second launch is enough, and for the fewest there is a kernel of their own. Atomics
+// touch integers only, whose sums do not depend on the order.
+#include "common/early.cuh"
 #include "common/select.cuh"
 #include "moe/plan.h"
 
@@ -13,9 +14,11 @@ constexpr int kMaxBlocks = 132;
 constexpr int kPairsPerThread = 2;
 constexpr int kKeepThreads = 1024;
 
-// As many warps as have room for their counters.
-int threads_for(int64_t n_experts) {
-  return 32 * int(std::max<int64_t>(1, std::min<int64_t>(32, kCounters / n_experts)));
+// As many warps as find pairs, at least four, and have room for their counters.
+int threads_for(int64_t n_experts, int64_t n_pairs) {
+  const int64_t with_pairs = std::max<int64_t>(4, ceil_div(n_pairs, 32 * kPairsPerThread));
+  const int64_t with_room = std::max<int64_t>(1, kCounters / n_experts);
+  return 32 * int(std::min({with_pairs, with_room, int64_t(32)}));
 }
 
 __global__ void count_kernel(const PlanParams p, int64_t per_block) {
@@ -70,8 +73,10 @@ __global__ void __launch_bounds__(1024)
   for (int e = threadIdx.x; e < 2 * n; e += blockDim.x) start[e] = 0;
   for (int i = threadIdx.x; i < n_warps * n; i += blockDim.x) next[i] = 0;
   __syncthreads();
+  wait_for_previous();
+  let_next_begin();
 
-  const int parts = max(1, int(blockDim.x) / n);
+  const int parts = n_blocks == 1 ? 0 : max(1, int(blockDim.x) / n);  // of the blocks
   for (int i = threadIdx.x; i < parts * n; i += blockDim.x) {
     const int e = i % n;
     int all = 0, earlier = 0;
@@ -99,6 +104,11 @@ __global__ void __launch_bounds__(1024)
     __syncwarp();
   }
   __syncthreads();
+  if (n_blocks == 1) {
+    for (int e = threadIdx.x; e < n; e += blockDim.x) {
+      for (int w = 0; w < n_warps; ++w) start[e] += next[w * n + e];
+    }
+  }
 
   if (blockIdx.x == 0) {
     for (int e = threadIdx.x; e < n; e += blockDim.x) p.counts[e] = start[e];
@@ -143,6 +153,42 @@ __global__ void __launch_bounds__(1024)
       p.row_pair[r] = -1;
     }
   }
+}
+
+constexpr int kFewPairs = 32, kFewThreads = 128;
+
+// The same for so few pairs that every warp sees all, a lane each.
+__global__ void __launch_bounds__(kFewThreads)
+    place_few_kernel(const PlanParams p, int32_t* offsets, int32_t* row_pair) {
+  wait_for_previous();
+  let_next_begin();
+  const int n = int(p.n_experts), n_pairs = int(p.n_tokens * p.top_k), lane = lane_id();
+  const uint32_t found = lane < n_pairs ? p.experts[lane] : ~0u;
+  const int expert = found < unsigned(n) ? int(found) : INT32_MAX;
+  for (int first = threadIdx.x - lane; first <= n; first += kFewThreads) {
+    const int e = first + lane;
+    int before = 0, count = 0;
+#pragma unroll 8
+    for (int i = 0; i < n_pairs; ++i) {
+      const int other = __shfl_sync(kFullWarp, expert, i);
+      before += other < e;
+      count += other == e;
+    }
+    if (e <= n) offsets[e] = before;
+    if (e < n) p.counts[e] = count;
+  }
+  if (warp_id() != 0) return;
+  int row = 0;
+#pragma unroll 8
+  for (int i = 0; i < n_pairs; ++i) {
+    const int other = __shfl_sync(kFullWarp, expert, i);
+    row += other < expert || (other == expert && i < lane);
+  }
+  if (lane >= n_pairs) return;
+  const bool valid = expert < n, final = p.capacity < 0;  // pairs without expert come last
+  row_pair[row] = valid ? lane : -1;
+  if (final) p.row_token[row] = valid ? lane / int(p.top_k) : -1;
+  if (final || !valid) p.token_rows[lane] = valid ? row : -1;
 }
 
 // One block an expert keeps its best pairs of the dropless plan (offsets, pairs).
@@ -266,8 +312,8 @@ __global__ void sort_rows_kernel(const TokenPlanParams p) {
 
 int plan_cuda(const PlanParams& p, void* stream_) {
   const cudaStream_t stream = cudaStream_t(stream_);
-  const int threads = threads_for(p.n_experts);
   const int64_t n_pairs = p.n_tokens * p.top_k;
+  const int threads = threads_for(p.n_experts, n_pairs);
   const int64_t wanted = ceil_div(n_pairs, int64_t(threads) * kPairsPerThread);
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(kMaxBlocks, wanted));
   const int64_t per_block = std::max<int64_t>(1, ceil_div(n_pairs, blocks * threads)) * threads;
@@ -277,10 +323,16 @@ int plan_cuda(const PlanParams& p, void* stream_) {
     offsets = static_cast<int32_t*>(p.workspace) + kPlanBlocks * p.n_experts;
     row_pair = offsets + p.n_experts + 1;
   }
-  count_kernel<<<unsigned(blocks), threads, p.n_experts * sizeof(int), stream>>>(p, per_block);
+  if (blocks > 1) {
+    count_kernel<<<unsigned(blocks), threads, p.n_experts * sizeof(int), stream>>>(p, per_block);
+  }
   const size_t bytes = (2 + threads / 32) * p.n_experts * sizeof(int);
-  place_kernel<<<unsigned(blocks), threads, bytes, stream>>>(p, int(blocks), per_block, offsets,
-                                                             row_pair);
+  const int error =
+      n_pairs <= kFewPairs
+          ? launch_early(place_few_kernel, 1, kFewThreads, 0, stream, p, offsets, row_pair)
+          : launch_early(place_kernel, unsigned(blocks), threads, bytes, stream, p, int(blocks),
+                         per_block, offsets, row_pair);
+  if (error) return error;
   if (p.capacity >= 0) {
     keep_kernel<<<unsigned(p.n_experts), kKeepThreads, 0, stream>>>(p, offsets, row_pair);
   }

@@ -11,31 +11,41 @@ constexpr int kRowWarps = kRowThreads / 32;
 
 // Of a plan that was changed by hand, indices out of range stand for none.
 
+struct PlainLoad {
+  template <class V>
+  __device__ V operator()(const V* from) const {
+    return *from;
+  }
+};
+
 // The places of a token's rows in token_rows.
 struct Entries {
   int64_t first;
   int count;
 };
-__device__ inline Entries entries_of(const RowMap& map, int64_t token) {
+template <class Load = PlainLoad>
+__device__ Entries entries_of(const RowMap& map, int64_t token, Load load = {}) {
   if (map.token_offsets) {
-    const int64_t first = max(map.token_offsets[token], 0);
-    const int64_t last = min(int64_t(map.token_offsets[token + 1]), map.n_rows);
+    const int64_t first = max(load(map.token_offsets + token), 0);
+    const int64_t last = min(int64_t(load(map.token_offsets + token + 1)), map.n_rows);
     return {first, int(max(last - first, int64_t(0)))};
   }
   return {token * map.top_k, int(map.top_k)};
 }
 
 // Row of entry i, or -1.
-__device__ inline int row_of(const RowMap& map, int64_t i) {
-  const int row = map.token_rows[i];
+template <class Load = PlainLoad>
+__device__ int row_of(const RowMap& map, int64_t i, Load load = {}) {
+  const int row = load(map.token_rows + i);
   return uint32_t(row) < uint64_t(map.n_rows) ? row : -1;
 }
 
 // The pair of entry i, whose row is `row` or -1. Below zero where there is none: its weight is
 // zero.
-__device__ inline int64_t pair_of(const RowMap& map, int64_t i, int row) {
+template <class Load = PlainLoad>
+__device__ int64_t pair_of(const RowMap& map, int64_t i, int row, Load load = {}) {
   if (!map.token_offsets) return i;
-  const int64_t pair = row < 0 ? -1 : map.row_pair[row];
+  const int64_t pair = row < 0 ? -1 : load(map.row_pair + row);
   return pair < map.n_rows ? pair : -1;
 }
 

@@ -63,7 +63,7 @@ def layer(n_tokens, hidden, inner, n_experts, device, dtype, weights=None, **opt
     width = moe.ACTIVATIONS[options.get("activation", "swiglu")] * inner
     x = torch.randn(n_tokens, hidden, device=device)
     up = torch.randn(n_experts, width, hidden, device=device) * hidden**-0.5
-    down = torch.randn(n_experts, hidden, inner, device=device) * inner**-0.5
+    down = torch.randn(n_experts, hidden, inner, device=device) * max(inner, 1) ** -0.5
     up_bias = down_bias = None
     if options.get("bias"):
         up_bias = torch.randn(n_experts, width, device=device)

@@ -97,6 +97,31 @@ def test_few_rows(device, dtype, activation):
     check(inputs, moe.plan_from_tokens(chosen, 9), activation, slack=2)
 
 
+@pytest.mark.parametrize("hidden, inner", [(1032, 264), (517, 131), (517, 29)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_of_wide_layers(device, dtype, hidden, inner):
+    """More than the GPU's blocks make at once and keep in shared memory."""
+    experts, weights = routed(16, 32, 2, device)
+    inputs = layer(16, hidden, inner, 32, device, dtype, weights, bias=inner > 64)
+    check(inputs, moe.plan(experts, 32), slack=2)
+
+
+def test_few_rows_of_nothing_or_of_a_plan_changed_by_hand(device):
+    experts, weights = routed(3, 12, 4, device)
+    inputs = layer(3, 24, 0, 12, device, torch.float32, weights, bias=True)
+    y = inputs.run(moe.plan(experts, 12))
+    torch.testing.assert_close(y, inputs.expected(moe.plan(experts, 12)))
+    if device == "cpu":  # which refuses such plans
+        return
+    inputs = layer(3, 24, 40, 12, device, torch.float32, weights, bias=True)
+    plan = moe.plan(experts, 12)
+    plan.token_rows[1, 2], plan.token_rows[2, 0] = -1, 99
+    weights = torch.where((plan.token_rows < 0) | (plan.token_rows > 11), 0, weights)
+    expected = inputs._replace(weights=weights).expected(moe.plan(experts, 12))
+    plan.offsets[0] = -5
+    torch.testing.assert_close(inputs.run(plan), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("hidden, inner", [(64, 520), (200, 64)])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("dtype", HALVES)

@@ -8,7 +8,7 @@ from tests.ops.moe_cases import EXPERTS, equal_plans, routed
 
 @pytest.mark.parametrize("n_experts", EXPERTS)
 def test_dropless(device, n_experts):
-    for n_tokens in (0, 1, 33, 700):
+    for n_tokens in (0, 1, 4, 33, 700):
         for top_k in sorted({1, min(3, n_experts), min(8, n_experts)}):
             experts, _ = routed(n_tokens, n_experts, top_k, device)
             plan = moe.plan(experts, n_experts)
@@ -25,6 +25,16 @@ def test_capacity(device, n_experts, capacity, policy):
     plan = moe.plan(experts, n_experts, capacity=capacity, drop_policy=policy, weights=weights)
     equal_plans(plan, reference.plan(experts, n_experts, capacity, policy, weights))
     assert (plan.offsets.diff() <= capacity).all()
+
+
+@pytest.mark.parametrize("capacity", [None, 0, 1, 3])
+@pytest.mark.parametrize("n_experts", [5, 200])
+def test_few_pairs(device, n_experts, capacity):
+    """At most 32: a GPU has a kernel of its own for these."""
+    for n_tokens, top_k in ((1, 1), (1, 5), (6, 5), (16, 2), (32, 1), (33, 1)):
+        experts = torch.randint(-1, min(n_experts, 9), (n_tokens, top_k), device=device).int()
+        plan = moe.plan(experts, n_experts, capacity=capacity)
+        equal_plans(plan, reference.plan(experts, n_experts, capacity))
 
 
 def test_what_is_dropped(device):

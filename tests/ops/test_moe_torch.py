@@ -315,6 +315,97 @@ def test_a_training_step_in_a_cuda_graph(function, capacity, n_tokens):
 
 
 @needs_gpu
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("last", ["kernel", "host copy", "clear", "other stream"])
+def test_kernels_launched_early_wait_for_the_last(last, captured):
+    """Those for few rows begin before it has ended, also in a CUDA graph, whatever it is. More
+    weights than a cache holds, so that they are late where a kernel fails to wait for them."""
+    up, down = (
+        (torch.randn(32, *size, device="cuda") / 32).bfloat16()
+        for size in ((4096, 512), (512, 2048))
+    )
+    x, weights = torch.zeros_like(down[0, :4, :512]), torch.rand(4, 4, device="cuda")
+    host = torch.zeros(4, 4, dtype=torch.int32).pin_memory()
+    chosen, experts = torch.zeros_like(host, device="cuda"), torch.zeros_like(host, device="cuda")
+    side = torch.cuda.Stream()
+
+    def layer(x):
+        return moe.experts(x, up, down, moe.plan(experts, 32), weights)
+
+    def step():
+        up.neg_()
+        x.copy_(32 * up[3, :4])
+        if last == "kernel":
+            torch.add(chosen, 1, out=experts)
+        elif last == "host copy":
+            experts.copy_(host, non_blocking=True)
+        elif last == "clear":
+            experts.zero_()
+        else:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                torch.add(chosen, 1, out=experts)
+            torch.cuda.current_stream().wait_stream(side)
+        y = layer(x)
+        down.neg_()
+        return y, layer(y)
+
+    run = step
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured_y = step()
+
+        def run():
+            graph.replay()
+            return captured_y
+
+    for _ in range(5):
+        host.copy_(torch.randint(0, 31, (4, 4)))
+        chosen.copy_(host)
+        torch.cuda.synchronize()
+        found = [y.clone() for y in run()]
+        torch.cuda.synchronize()
+        down.neg_()
+        expected = [layer(x)]
+        torch.cuda.synchronize()
+        down.neg_()
+        expected.append(layer(expected[0]))
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b) and a.abs().sum() > 1
+
+
+@needs_gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_layers_launched_early_one_after_the_other(captured):
+    """Nothing runs between them, and their plans lie where earlier ones lay."""
+    up, down = (torch.randn(64, *size, device="cuda").bfloat16() for size in ((128, 72), (72, 64)))
+    x, weights = torch.randn(4, 72, device="cuda").bfloat16(), torch.rand(4, 8, device="cuda")
+    choices = [torch.randint(0, 64, (4, 8), device="cuda").int() for _ in range(40)]
+
+    def layer(experts):
+        return moe.experts(x, up, down, moe.plan(experts, 64), weights)
+
+    def run():
+        return [layer(experts) for experts in choices]
+
+    expected = []
+    for experts in choices:
+        expected.append(layer(experts))
+        torch.cuda.synchronize()
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
+    for _ in range(5):
+        if captured:
+            graph.replay()
+        else:
+            found = run()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_gpu
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_no_host_sync(function):
     inputs = layer_inputs("cuda")

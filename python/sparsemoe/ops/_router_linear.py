@@ -62,8 +62,10 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
         return plain(x, weight)
     _check(x, weight)
     terms = _terms(weight, 3)
+    if len(terms) == 1:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
     logits = torch.mm(x, torch.cat(terms).T, out_dtype=torch.float32)
-    return logits if len(terms) == 1 else logits.view(len(x), 3, len(weight)).sum(1)
+    return logits.view(len(x), 3, len(weight)).sum(1)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
