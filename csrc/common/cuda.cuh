@@ -121,6 +121,13 @@ struct alignas(sizeof(T) * N) Pack {
   }
 };
 
+struct PlainLoad {
+  template <class V>
+  __device__ V operator()(const V* from) const {
+    return *from;
+  }
+};
+
 // A load of data that the kernel does not write.
 template <class P>
 __device__ P load(const P* from) {

@@ -24,8 +24,8 @@ __device__ inline void let_next_begin() {
 #endif
 }
 
-// Loads what a kernel before the last has written, before the wait as well: a line of the
-// multiprocessor's own cache could be older. Stays where it stands, as __ldcg() of a half does not.
+// For use before the wait, of what was written before the last kernel: in the multiprocessor's own
+// cache it may be older. Stays where it stands, which __ldcg() of a half type need not.
 struct LoadThroughL2 {
   template <class V>
   __device__ V operator()(const V* from) const {

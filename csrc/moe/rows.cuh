@@ -11,13 +11,6 @@ constexpr int kRowWarps = kRowThreads / 32;
 
 // Of a plan that was changed by hand, indices out of range stand for none.
 
-struct PlainLoad {
-  template <class V>
-  __device__ V operator()(const V* from) const {
-    return *from;
-  }
-};
-
 // The places of a token's rows in token_rows.
 struct Entries {
   int64_t first;

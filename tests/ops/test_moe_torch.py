@@ -314,6 +314,19 @@ def test_a_training_step_in_a_cuda_graph(function, capacity, n_tokens):
             assert torch.equal(a, b)
 
 
+def replayed(function):
+    """function, but from a CUDA graph; the result is the same tensors every time."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = function()
+
+    def replay():
+        graph.replay()
+        return found
+
+    return replay
+
+
 @needs_gpu
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("last", ["kernel", "host copy", "clear", "other stream"])
@@ -350,16 +363,7 @@ def test_kernels_launched_early_wait_for_the_last(last, captured):
         down.neg_()
         return y, layer(y)
 
-    run = step
-    if captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured_y = step()
-
-        def run():
-            graph.replay()
-            return captured_y
-
+    run = replayed(step) if captured else step
     for _ in range(5):
         host.copy_(torch.randint(0, 31, (4, 4)))
         chosen.copy_(host)
@@ -386,23 +390,16 @@ def test_layers_launched_early_one_after_the_other(captured):
     def layer(experts):
         return moe.experts(x, up, down, moe.plan(experts, 64), weights)
 
-    def run():
+    def layers():
         return [layer(experts) for experts in choices]
 
     expected = []
     for experts in choices:
         expected.append(layer(experts))
         torch.cuda.synchronize()
-    if captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = run()
+    run = replayed(layers) if captured else layers
     for _ in range(5):
-        if captured:
-            graph.replay()
-        else:
-            found = run()
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
 
 
 @needs_gpu
