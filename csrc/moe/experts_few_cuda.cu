@@ -103,7 +103,8 @@ class Sums<float> {
 };
 
 // The expert of each lane's row, of the first `count` lanes; -1 where it has none.
-__device__ inline int expert_of_lane(const ExpertRows& experts, int row, int count) {
+template <class Load>
+__device__ int expert_of_lane(const ExpertRows& experts, int row, int count, Load load) {
   constexpr int kAtOnce = 8;
   int expert = -1;  // the last that begins at or before the row
   for (int first = 0; first <= experts.n_experts; first += kAtOnce * 32) {
@@ -111,7 +112,9 @@ __device__ inline int expert_of_lane(const ExpertRows& experts, int row, int cou
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int e = first + i * 32 + lane_id();
-      begin[i] = e <= experts.n_experts ? LoadThroughL2()(experts.offsets + e) : INT32_MAX;
+      // no branch, in which each load would be waited for
+      begin[i] = load(experts.offsets + min(int64_t(e), experts.n_experts));
+      if (e > experts.n_experts) begin[i] = INT32_MAX;
     }
     for (int lane = 0; lane < count; ++lane) {
       const int r = __shfl_sync(kFullWarp, row, lane);
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2 * kBlocks)
   wait_for_previous();
   let_next_begin();
   const int64_t at_row = p.a.index ? p.a.index[r] : r;
-  const int expert = __shfl_sync(kFullWarp, expert_of_lane(p.experts, r, 1), 0);
+  const int expert = __shfl_sync(kFullWarp, expert_of_lane(p.experts, r, 1, PlainLoad()), 0);
   if (expert < 0) return;
   const T* row = static_cast<const T*>(p.a.data) + at_row * p.a.stride;
   const int k = uint64_t(at_row) < uint64_t(p.a.n) ? int(p.k) : 0;  // else a row of zeros
@@ -299,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 2 * kBlocks)
       lane_weight = pair < 0 ? 0.0f : load(p.weights + pair);
     }
   }
-  share.lane_expert = expert_of_lane(p.experts, share.lane_row, entries.count);
+  share.lane_expert = expert_of_lane(p.experts, share.lane_row, entries.count, load);
   if (share.lane_expert < 0) lane_weight = 0;
   share.find(entries.count);
 
@@ -316,11 +319,13 @@ __global__ void __launch_bounds__(kThreads, 2 * kBlocks)
   let_next_begin();
   sent = start;
 #pragma unroll 1
-  for (int i = 0; i < kSumSteps && !sent.past(p); ++i, sent.advance(p, share)) {
-    sent.template send_x<kWhole>(steps[i]);
+  for (int i = 0; i < kSumSteps; ++i) {
+    if (!sent.past(p)) {
+      sent.template send_x<kWhole>(steps[i]);
+      sent.advance(p, share);
+    }
+    copy_async_commit();
   }
-  copy_async_commit();
-  wait_for_steps<0>();
 
   int taken = 0, buffer = 0;
   for (int64_t first = first_column; first < p.n; first += gridDim.y * kColumns) {
