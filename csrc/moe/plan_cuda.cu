@@ -47,10 +47,13 @@ __device__ int exclusive_scan(int* values, int n) {
     const int upto = warp_scan(value);
     if (lane_id() == 31) of_warp[warp_id()] = upto;
     __syncthreads();
+    const int n_warps = min(int(blockDim.x), n - first + 31) / 32;
     int before = carry;
-    for (int w = 0; w < int(blockDim.x / 32); ++w) {
-      if (w < warp_id()) before += of_warp[w];
-      carry += of_warp[w];
+#pragma unroll 8
+    for (int w = 0; w < n_warps; ++w) {
+      const int all = of_warp[w];
+      if (w < warp_id()) before += all;
+      carry += all;
     }
     if (i < n) values[i] = before + upto - value;
     __syncthreads();
@@ -64,6 +67,7 @@ __device__ unsigned same_expert(int expert) { return __match_any_sync(kFullWarp,
 __global__ void __launch_bounds__(1024)
     place_kernel(const PlanParams p, int n_blocks, int64_t per_block, int32_t* offsets,
                  int32_t* row_pair) {
+  constexpr int kAtOnce = 8;  // warps whose counters a thread loads before it writes
   extern __shared__ int shared[];
   const int n = int(p.n_experts), n_warps = blockDim.x / 32;
   int* start = shared;         // [n] the expert's first row
@@ -106,7 +110,10 @@ __global__ void __launch_bounds__(1024)
   __syncthreads();
   if (n_blocks == 1) {
     for (int e = threadIdx.x; e < n; e += blockDim.x) {
-      for (int w = 0; w < n_warps; ++w) start[e] += next[w * n + e];
+      int all = 0;
+#pragma unroll 8
+      for (int w = 0; w < n_warps; ++w) all += next[w * n + e];
+      start[e] = all;
     }
   }
 
@@ -121,10 +128,19 @@ __global__ void __launch_bounds__(1024)
   }
   for (int e = threadIdx.x; e < n; e += blockDim.x) {
     int row = start[e] + before[e];
-    for (int w = 0; w < n_warps; ++w) {
-      const int count = next[w * n + e];
-      next[w * n + e] = row;
-      row += count;
+    for (int first_warp = 0; first_warp < n_warps; first_warp += kAtOnce) {
+      int count[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int w = first_warp + i;
+        count[i] = w < n_warps ? next[w * n + e] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int w = first_warp + i;
+        if (w < n_warps) next[w * n + e] = row;
+        row += count[i];
+      }
     }
   }
   __syncthreads();
