@@ -67,4 +67,22 @@ STABLE_TORCH_LIBRARY(sparsemoe, m) {
   m.def("router_z_loss(Tensor logsumexp, Tensor? mask=None) -> Tensor");
   m.def("router_z_loss_backward(Tensor grad, Tensor logsumexp, Tensor? mask) -> Tensor");
   m.def("update_expert_bias_(Tensor(a!) bias, Tensor counts, float rate) -> ()");
+
+  // rvq: residual vector quantization. N vectors, D width, Q stages, K codes a stage
+  m.def(
+      "rvq_encode(Tensor x, Tensor codebooks, SymInt n_stages, str metric='l2', bool exact=True) "
+      "-> (Tensor codes, Tensor quantized, Tensor errors)");
+  m.def(
+      "rvq_encode_backward(Tensor grad_quantized, Tensor grad_errors, Tensor x, Tensor codebooks, "
+      "Tensor codes) -> Tensor");
+  m.def(
+      "rvq_beam_encode(Tensor x, Tensor codebooks, SymInt n_stages, int beam) "
+      "-> (Tensor codes, Tensor quantized, Tensor errors)");
+  m.def("rvq_decode(Tensor codes, Tensor codebooks) -> Tensor");
+  m.def(
+      "rvq_code_sums(Tensor x, Tensor codes, SymInt num_codes, Tensor? codebooks=None, "
+      "Tensor? weights=None, bool after=False) -> (Tensor sums, Tensor counts)");
+  m.def(
+      "rvq_ema_(Tensor(a!) codebooks, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor sums, "
+      "Tensor counts, float decay, float epsilon) -> ()");
 }

@@ -10,6 +10,7 @@
 //   namespace sparsemoe { void gate_cpu(const GateParams& p) { SPARSEMOE_BEST_ISA(gate, p); } }
 //   #endif
 //
+// SPARSEMOE_VECTOR_BYTES is the size of a vector register.
 // Standard headers go before the inclusion, so that their functions keep the baseline's code.
 #ifndef SPARSEMOE_ISA_PASS
 #define SPARSEMOE_ISA_PASS
@@ -27,9 +28,11 @@
 #include "common/parallel.h"
 
 #define SPARSEMOE_ISA baseline
+#define SPARSEMOE_VECTOR_BYTES 16
 #include "common/scalar_cpu.h"
 #include SPARSEMOE_THIS_FILE
 #undef SPARSEMOE_ISA
+#undef SPARSEMOE_VECTOR_BYTES
 
 #if SPARSEMOE_X86_VARIANTS
 
@@ -40,9 +43,11 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define SPARSEMOE_ISA avx2
+#define SPARSEMOE_VECTOR_BYTES 32
 #include "common/scalar_cpu.h"
 #include SPARSEMOE_THIS_FILE
 #undef SPARSEMOE_ISA
+#undef SPARSEMOE_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -58,9 +63,11 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 #define SPARSEMOE_ISA avx512
+#define SPARSEMOE_VECTOR_BYTES 64
 #include "common/scalar_cpu.h"
 #include SPARSEMOE_THIS_FILE
 #undef SPARSEMOE_ISA
+#undef SPARSEMOE_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

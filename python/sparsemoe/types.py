@@ -36,3 +36,11 @@ class Plan(NamedTuple):
     row_pair: Tensor  # [R] the pair that each row carries
     token_rows: Tensor  # [T, k] the rows of each token; [R], listed by token, with token_offsets
     token_offsets: Tensor | None  # [T+1] where each token's rows begin in a flat token_rows
+
+
+class Encoded(NamedTuple):
+    """Vectors as codes, and what the codes stand for. Q' stages were used."""
+
+    codes: Tensor  # [..., Q'] int32
+    quantized: Tensor  # [..., D] the sum of the chosen codes, dtype as the vectors
+    errors: Tensor  # [..., Q'] squared error after each stage, float32 (float64 for float64)

@@ -1,5 +1,5 @@
 """Functions over torch.ops.sparsemoe, one module a family."""
 
-from . import moe
+from . import moe, rvq
 
-__all__ = ["moe"]
+__all__ = ["moe", "rvq"]

@@ -1,5 +1,5 @@
 """Every op in plain PyTorch, written to be read: the specification that the kernels are held to."""
 
-from . import moe
+from . import moe, rvq
 
-__all__ = ["moe"]
+__all__ = ["moe", "rvq"]

@@ -1,0 +1,63 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "common/cuda.cuh"
+#include "rvq/encode_hopper.h"
+#include "rvq/encode_workspace.h"
+#include "rvq/rows.h"
+
+namespace sparsemoe {
+namespace {
+
+// Whether the kernel for the tensor cores takes it. SPARSEMOE_KERNELS=portable leaves that out.
+bool for_hopper(const RvqEncodeParams& p, const RvqEncodeSpace& space) {
+  const char* kernels = std::getenv("SPARSEMOE_KERNELS");
+  if (!runs_sm_90a() || (kernels && std::strcmp(kernels, "portable") == 0)) return false;
+  const bool packed = p.width % 4 == 0 && p.x_stride % 4 == 0 && uintptr_t(p.codebooks) % 16 == 0 &&
+                      uintptr_t(p.x) % (p.dtype == DType::f32 ? 16 : 8) == 0;
+  return packed && space.n_depths <= kMostDepths && p.n_codes <= kMostCodes &&
+         p.n_stages <= kMostStages && p.n < INT32_MAX;
+}
+
+int tiles_of(int64_t depths, const hopper::EncodeTilesParams& t, void* stream) {
+  switch (depths) {
+    case 1:
+      return hopper::encode_tiles<1>(t, stream);
+    case 2:
+      return hopper::encode_tiles<2>(t, stream);
+    case 4:
+      return hopper::encode_tiles<4>(t, stream);
+    case 6:
+      return hopper::encode_tiles<6>(t, stream);
+    default:
+      return hopper::encode_tiles<8>(t, stream);
+  }
+}
+
+}  // namespace
+
+int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
+  const RvqEncodeSpace space(p);
+  char* const base = static_cast<char*>(p.workspace);
+  ExactParams exact{p, nullptr, reinterpret_cast<float*>(base + space.residuals), space.n_blocks};
+  if (p.n_stages == 0) return encode_finish(p, false, stream);
+  if (for_hopper(p, space)) {
+    hopper::EncodeTilesParams t;
+    t.p = p, t.n_tiles = space.n_tiles, t.n_parts = space.n_parts, t.n_padded = space.n_padded;
+    t.index_bits = 5;
+    while ((int64_t(1) << (t.index_bits - 5)) < space.n_tiles) ++t.index_bits;
+    t.tiles = base + space.tiles, t.norms2 = reinterpret_cast<float*>(base + space.norms2);
+    t.centers = reinterpret_cast<float*>(base + space.centers);
+    t.norms = reinterpret_cast<float*>(base + space.norms);
+    t.constants = reinterpret_cast<hopper::StageConstants*>(base + space.constants);
+    t.late = reinterpret_cast<int32_t*>(base + space.late);
+    int error = hopper::prepare_tiles(t, space.n_depths, stream);
+    if (error == 0) error = tiles_of(space.n_depths, t, stream);
+    if (error != 0) return error;
+    exact.late = t.late;
+  }
+  const int error = encode_exact(exact, stream);
+  return error ? error : encode_finish(p, exact.late != nullptr, stream);
+}
+
+}  // namespace sparsemoe

@@ -1,0 +1,48 @@
+// Encoding on Hopper's tensor cores. See encode_hopper.cuh.
+#pragma once
+
+#include "rvq/encode.h"
+
+namespace sparsemoe {
+namespace hopper {
+
+// Of a stage: what its scores can be wrong by, and its scale.
+struct StageConstants {
+  float code;      // the largest norm of a code as the tensor cores see it
+  float rounding;  // the largest norm of what rounding took from a code
+  float norm2;     // the largest squared norm of a code
+  float other;     // entry n_parts of a stage: the norm of the center; code is then the scale
+};
+
+struct EncodeTilesParams {
+  RvqEncodeParams p;
+  int64_t n_tiles, n_parts, n_padded;  // tiles of codes, parts of kPartCodes, codes with padding
+  int index_bits;                      // of a score, that hold the code
+  void* tiles;                // [n_stages, n_tiles, depths] x [128 codes, 64 columns] of half
+  float* norms2;              // [n_stages, n_padded] squared norms, scaled; by tile, in fours
+  float* centers;             // [n_stages, depths * 64]
+  float* norms;               // [n_stages, n_codes], for Metric::cosine
+  StageConstants* constants;  // [n_stages, n_parts + 1]
+  int32_t* late;              // {count, -}, then {vector, stage} of each that is left to others
+};
+
+constexpr int32_t kNotYet = -1;  // in place of the codes that are left to others
+
+int prepare_tiles(const EncodeTilesParams& p, int64_t depths, void* stream);
+// kDepths * 64 columns at most.
+template <int kDepths>
+int encode_tiles(const EncodeTilesParams& p, void* stream);
+
+}  // namespace hopper
+
+// Every distance, in float32: of the vectors listed in `late`, from the stage listed there on, or
+// of all where `late` is null.
+struct ExactParams {
+  RvqEncodeParams p;
+  const int32_t* late;
+  float* residuals;  // [n_blocks, kExactRows, width]
+  int64_t n_blocks;
+};
+int encode_exact(const ExactParams& p, void* stream);
+
+}  // namespace sparsemoe

@@ -1,0 +1,160 @@
+#include "common/hopper.cuh"
+#include "rvq/encode_hopper.h"
+#include "rvq/encode_workspace.h"
+#include "rvq/residuals.cuh"
+#include "rvq/scale.cuh"
+
+namespace sparsemoe {
+namespace hopper {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kSamples = 32;
+constexpr float kFar = 1e30f;  // of codes that are not there
+
+// One block for each part of a tile of codes. Codes are moved by a center, which cancels in
+// differences of distances, and by a power of two to norms below 8, give or take: both from a
+// sample of the codes. Any center and scale is right; good ones keep the errors of the scores
+// small.
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const EncodeTilesParams params, const int depths) {
+  extern __shared__ float center[];  // [depths * 64]
+  __shared__ float sample_norm[kSamples], largest[kWarps][3];
+  const RvqEncodeParams& p = params.p;
+  const int n_codes = int(p.n_codes), width = int(p.width), padded = depths * kTileDepth;
+  const int part = blockIdx.x, stage = blockIdx.y, warp = warp_id(), lane = lane_id();
+  const float* codebook = static_cast<const float*>(p.codebooks) + int64_t(stage) * n_codes * width;
+  const bool cosine = p.metric == Metric::cosine;
+  if (part == 0 && stage == 0 && threadIdx.x == 0) params.late[0] = 0;
+
+  const int n_samples = min(n_codes, kSamples);
+  const auto sample = [&](int s) { return codebook + int64_t(s) * n_codes / n_samples * width; };
+  for (int s = warp; s < n_samples; s += kWarps) {
+    float sum = 0;
+    for (int d = 4 * lane; d < width; d += 128) sum += squares(load4<true>(sample(s), d, width));
+    sum = sqrtf(warp_sum(sum));
+    if (lane == 0) sample_norm[s] = cosine ? inverse_norm(sum) : 1.0f;
+  }
+  __syncthreads();
+  for (int d = threadIdx.x; d < padded; d += kThreads) {
+    float sum = 0;
+    for (int s = 0; s < n_samples && d < width; ++s) sum += sample_norm[s] * sample(s)[d];
+    sum /= n_samples;
+    center[d] = isfinite(sum) ? sum : 0.0f;
+  }
+  __syncthreads();
+  float most = 0, center_norm2 = 0;
+  for (int s = warp; s < n_samples; s += kWarps) {
+    float sum = 0;
+    for (int d = 4 * lane; d < width; d += 128) {
+      const float4 c = *reinterpret_cast<const float4*>(center + d);
+      sum += squares(sample_norm[s] * load4<true>(sample(s), d, width) - c);
+    }
+    most = fmaxf(most, sqrtf(warp_sum(sum)));
+  }
+  for (int d = lane; d < padded; d += 32) center_norm2 += center[d] * center[d];
+  center_norm2 = warp_sum(center_norm2);
+  if (lane == 0) largest[warp][0] = most;
+  __syncthreads();
+  most = largest[0][0];
+  for (int w = 1; w < kWarps; ++w) most = fmaxf(most, largest[w][0]);
+  const float scale = power_of_two_below_8(most);
+  __syncthreads();
+  if (2 * sqrtf(center_norm2) <= most) {  // little would be gained: none costs less
+    for (int d = threadIdx.x; d < padded; d += kThreads) center[d] = 0;
+    center_norm2 = 0;
+    __syncthreads();
+  }
+  StageConstants* constants = params.constants + int64_t(stage) * (params.n_parts + 1);
+  if (part == 0) {
+    for (int d = threadIdx.x; d < padded; d += kThreads) {
+      params.centers[int64_t(stage) * padded + d] = center[d];
+    }
+    if (threadIdx.x == 0) {
+      constants[params.n_parts] = {scale, 0, 0, sqrtf(center_norm2) * kAbove};
+    }
+  }
+
+  float most_code = 0, most_rounding = 0, most_norm2 = 0;
+  const int tile = part / int(kTileCodes / kPartCodes);
+  uint16_t* const tiles =
+      static_cast<uint16_t*>(params.tiles) +
+      (int64_t(stage) * params.n_tiles + tile) * depths * kTileCodes * kTileDepth;
+  for (int i = 0; i < kPartCodes / kWarps; ++i) {
+    const int code = part * int(kPartCodes) + warp * int(kPartCodes / kWarps) + i;
+    const int in_tile = code % int(kTileCodes);
+    const float* row = codebook + int64_t(code) * width;
+    float factor = scale;
+    if (cosine && code < n_codes) {
+      float sum = 0;
+      for (int d = 4 * lane; d < width; d += 128) sum += squares(load4<true>(row, d, width));
+      const float norm = sqrtf(warp_sum(sum));
+      if (lane == 0) params.norms[int64_t(stage) * n_codes + code] = norm;
+      factor *= inverse_norm(norm);
+    }
+    float norm2 = 0, seen2 = 0, rounding2 = 0;
+    for (int chunk = lane; chunk < padded / 8; chunk += 32) {
+      float4 v[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int d = 8 * chunk + 4 * j;
+        v[j] = make_float4(0, 0, 0, 0);
+        if (code < n_codes && d < width) {
+          v[j] = factor * load4<true>(row, d, width) -
+                 scale * *reinterpret_cast<const float4*>(center + d);
+        }
+        norm2 += squares(v[j]);
+      }
+      const float e[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
+      // The columns 8 c .. 8 c + 7 of each 32 go where lane c of four has its elements of the two
+      // products of 16 columns; chunks of 16 bytes are swizzled as Hopper reads them.
+      uint32_t* to = reinterpret_cast<uint32_t*>(tiles + (chunk / 8) * kTileCodes * kTileDepth +
+                                                 in_tile * kTileDepth);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const float a = -2 * e[2 * m], b = -2 * e[2 * m + 1];
+        const __half2 pair = __floats2half2_rn(a, b);
+        const float2 seen = __half22float2(pair);
+        seen2 += seen.x * seen.x + seen.y * seen.y;
+        rounding2 += (a - seen.x) * (a - seen.x) + (b - seen.y) * (b - seen.y);
+        const int chunk_to = (chunk % 8 / 4 * 4 + m) ^ (in_tile % 8);
+        to[chunk_to * 4 + chunk % 4] = *reinterpret_cast<const uint32_t*>(&pair);
+      }
+    }
+    norm2 = warp_sum(norm2), seen2 = warp_sum(seen2), rounding2 = warp_sum(rounding2);
+    if (lane == 0) {
+      const float own = cosine ? 0.0f : norm2;
+      // In fours, as lane c of four has them: 8 i + 2 c, the next, and both 8 further.
+      const int place = in_tile / 16 * 16 + in_tile % 8 / 2 * 4 + in_tile / 8 % 2 * 2 + in_tile % 2;
+      params.norms2[stage * params.n_padded + tile * kTileCodes + place] =
+          code < n_codes ? own : kFar;
+    }
+    most_code = larger(most_code, sqrtf(seen2));
+    most_rounding = larger(most_rounding, sqrtf(rounding2));
+    most_norm2 = larger(most_norm2, norm2);
+  }
+  if (lane == 0) {
+    largest[warp][0] = most_code, largest[warp][1] = most_rounding, largest[warp][2] = most_norm2;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kWarps; ++w) {
+      most_code = larger(most_code, largest[w][0]);
+      most_rounding = larger(most_rounding, largest[w][1]);
+      most_norm2 = larger(most_norm2, largest[w][2]);
+    }
+    constants[part] = {most_code * kAbove, most_rounding * kAbove, most_norm2 * kAbove, 0};
+  }
+}
+
+}  // namespace
+
+int prepare_tiles(const EncodeTilesParams& params, int64_t depths, void* stream) {
+  const dim3 grid(unsigned(params.n_parts), unsigned(params.p.n_stages));
+  prepare_kernel<<<grid, kThreads, depths * kTileDepth * 4, cudaStream_t(stream)>>>(params,
+                                                                                    int(depths));
+  return int(cudaGetLastError());
+}
+
+}  // namespace hopper
+}  // namespace sparsemoe

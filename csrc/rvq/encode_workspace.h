@@ -1,0 +1,68 @@
+// Where the CUDA kernels of encode keep what they need beside their outputs.
+#pragma once
+
+#include "rvq/encode.h"
+
+namespace sparsemoe {
+
+// The kernel on Hopper's tensor cores reads codebooks as tiles of 128 codes x 64 columns.
+constexpr int64_t kTileCodes = 128, kTileDepth = 64;
+// It is prepared by a block for each part of a tile.
+constexpr int64_t kPartCodes = 32;
+constexpr int64_t kMostDepths = 8, kMostCodes = 8192, kMostStages = 32;
+// The kernel that computes every distance takes 64 vectors at a time, and keeps their residuals.
+// Few vectors are taken one by one, each by several blocks with a copy of its own.
+constexpr int64_t kExactRows = 64, kExactBlocks = 528, kFewBlocks = 264;
+
+// Offsets in bytes.
+struct RvqEncodeSpace {
+  int64_t n_tiles, n_parts, n_depths, n_padded, n_blocks;
+  int64_t late, residuals;                           // of the exact kernel
+  int64_t tiles, norms2, centers, norms, constants;  // of Hopper's
+  int64_t bytes;
+
+  explicit RvqEncodeSpace(const RvqEncodeParams& p) {
+    n_tiles = (p.n_codes + kTileCodes - 1) / kTileCodes;
+    n_depths = (p.width + kTileDepth - 1) / kTileDepth;
+    if (n_depths > 4) n_depths = (n_depths + 1) / 2 * 2;
+    if (n_depths == 3) n_depths = 4;
+    n_padded = n_tiles * kTileCodes;
+    n_parts = n_padded / kPartCodes;
+    n_blocks = std::min((p.n + kExactRows - 1) / kExactRows, kExactBlocks);
+    bytes = 0;
+    late = take((p.n + 1) * 8);
+    residuals = take(std::max(n_blocks * kExactRows, kFewBlocks) * p.width * 4);
+    const bool tiled = n_depths <= kMostDepths && p.n_codes <= kMostCodes;
+    const int64_t n_stages = tiled ? p.n_stages : 0;
+    tiles = take(n_stages * n_padded * n_depths * kTileDepth * 2);
+    norms2 = take(n_stages * n_padded * 4);
+    centers = take(n_stages * n_depths * kTileDepth * 4);
+    norms = take(n_stages * p.n_codes * 4);
+    constants = take(n_stages * (n_parts + 1) * 16);
+  }
+
+ private:
+  int64_t take(int64_t count) {
+    const int64_t at = bytes;
+    bytes += (count + 1023) / 1024 * 1024;
+    return at;
+  }
+};
+
+inline int64_t rvq_encode_workspace_bytes(const RvqEncodeParams& p) {
+  return RvqEncodeSpace(p).bytes;
+}
+
+// Beam search takes as many vectors at a time as have 64 beams together, and keeps their residuals,
+// and the codes of each beam before and after a stage.
+constexpr int64_t kBeamRows = 64, kBeamBlocks = 528;
+
+inline int64_t rvq_beam_blocks(const RvqBeamParams& p) {
+  const int64_t at_once = kBeamRows / p.beam;
+  return std::min((p.n + at_once - 1) / at_once, kBeamBlocks);
+}
+inline int64_t rvq_beam_workspace_bytes(const RvqBeamParams& p) {
+  return rvq_beam_blocks(p) * kBeamRows * (p.width + 2 * p.n_stages) * 4;
+}
+
+}  // namespace sparsemoe

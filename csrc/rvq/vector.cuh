@@ -1,0 +1,19 @@
+// Single elements of vectors of any type, and choices among distances.
+#pragma once
+
+#include "common/cuda.cuh"
+#include "common/dtype.h"
+
+namespace sparsemoe {
+
+__device__ inline float element_of(const void* x, DType dtype, int64_t at) {
+  if (dtype == DType::f32) return static_cast<const float*>(x)[at];
+  return dtype == DType::f16 ? to_float(static_cast<const __half*>(x)[at])
+                             : to_float(static_cast<const __nv_bfloat16*>(x)[at]);
+}
+
+__device__ inline bool nearer(float distance, int code, float than, int than_code) {
+  return distance < than || (distance == than && code < than_code);
+}
+
+}  // namespace sparsemoe

@@ -1,0 +1,249 @@
+"""encode against the nearest codes in float64, over sizes, dtypes and awkward vectors."""
+
+import math
+
+import pytest
+import torch
+
+from sparsemoe.ops import rvq
+from tests.ops.rvq_cases import (
+    DATA,
+    close,
+    codebooks_for,
+    dtypes,
+    follow,
+    gaussian,
+    real,
+    vectors,
+)
+
+SIZES = [  # vectors, width, codes, stages
+    (0, 8, 7, 2),
+    (1, 1, 1, 1),
+    (2, 3, 2, 8),
+    (63, 31, 7, 3),
+    (64, 64, 128, 2),
+    (65, 100, 129, 2),
+    (127, 128, 300, 4),
+    (129, 200, 128, 2),
+    (1000, 8, 1024, 2),
+    (1000, 3, 2, 3),
+    (129, 1, 300, 2),
+    (65, 256, 1024, 2),
+    (64, 320, 300, 2),
+    (63, 512, 129, 2),
+    (65, 513, 300, 2),
+    (33, 1024, 128, 2),
+    (65, 128, 4000, 1),
+    (2, 64, 8192, 2),
+    (3, 2, 70000, 1),
+]
+LARGE = [(70000, 64, 256, 2), (20000, 128, 1024, 4), (5000, 512, 1024, 8), (3000, 96, 8192, 2)]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def check(x, codebooks, **options):
+    """Holds the result to what float64 finds along its own codes, and returns it."""
+    n_stages = options.get("n_stages") or len(codebooks)
+    metric = options.get("metric", "l2")
+    found = rvq.encode(x, codebooks, **options)
+    codes, quantized, errors = found
+    assert codes.dtype == torch.int32 and codes.shape == (len(x), n_stages)
+    assert quantized.dtype == x.dtype and quantized.shape == x.shape
+    assert errors.dtype == real(x.dtype) and errors.shape == codes.shape
+    assert ((codes >= 0) & (codes < codebooks.shape[1])).all()
+    assert torch.equal(quantized, rvq.decode(codes, codebooks).to(x.dtype))
+
+    # of a float32 distance 8e-7 where it is 48 wide, at most 5e-6
+    rounding = min(4 + x.shape[1] / 16, 40) * torch.finfo(real(x.dtype)).eps
+    least_of_all = torch.finfo(real(x.dtype)).tiny ** 0.5  # shorter ones have no square
+    length = x.double().norm(dim=-1)
+    stages = follow(x, codebooks, codes, metric)
+    for error, (code, chosen, least, first, left, before, after) in zip(
+        errors.double().T, stages, strict=True
+    ):
+        assert torch.equal(code, first)
+        if options.get("exact", True):
+            scale = least if metric == "l2" else length
+            assert (chosen <= least + rounding * scale + 2 * before + least_of_all).all()
+        assert ((error.sqrt() - left).abs() <= rounding * left + after + least_of_all).all()
+        length = left
+    return found
+
+
+@pytest.mark.parametrize("n, width, n_codes, n_stages", SIZES)
+def test_size(device, n, width, n_codes, n_stages):
+    check(*gaussian(n, width, n_codes, n_stages, device))
+
+
+@needs_gpu
+@pytest.mark.parametrize("n, width, n_codes, n_stages", LARGE)
+def test_many_vectors(n, width, n_codes, n_stages):
+    check(*gaussian(n, width, n_codes, n_stages, "cuda"))
+
+
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
+def test_data(device, data):
+    check(*data(257, 48, 130, 3, device))
+    check(*data(65, 128, 300, 4, device))
+
+
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
+def test_data_of_every_dtype(device, data):
+    """Not huge in half precision, where that would be infinite."""
+    for dtype in dtypes(device):
+        x, codebooks = data(66, 40, 70, 2, device)
+        x = x.to(dtype)
+        if x.isfinite().all():
+            check(x, codebooks.to(real(dtype)))
+
+
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
+def test_cosine(device, data):
+    check(*data(129, 48, 130, 3, device), metric="cosine")
+
+
+def test_cosine_of_every_dtype(device):
+    for dtype in dtypes(device):
+        x, codebooks = gaussian(65, 100, 129, 2, device)
+        check(x.to(dtype), codebooks.to(real(dtype)), metric="cosine")
+
+
+def test_cosine_divides_by_the_norm_for_the_choice_alone(device):
+    codebooks = torch.tensor([[[8.0, 8.0], [0.5, 0.0], [0.0, 0.0]]], device=device)
+    found = rvq.encode(torch.tensor([[3.0, 1.0]], device=device), codebooks, metric="cosine")
+    assert found.codes.tolist() == [[1]] and found.quantized.tolist() == [[0.5, 0.0]]
+    assert found.errors.tolist() == [[7.25]]
+
+
+@pytest.mark.parametrize("metric", rvq.METRICS)
+def test_fewer_stages(device, metric):
+    x, codebooks = gaussian(70, 20, 33, 5, device)
+    whole = rvq.encode(x, codebooks, metric=metric)
+    for n_stages in (1, 3):
+        part = check(x, codebooks, n_stages=n_stages, metric=metric)
+        assert torch.equal(part.codes, whole.codes[:, :n_stages])
+        assert torch.equal(part.errors, whole.errors[:, :n_stages])
+    none = rvq.encode(x, codebooks, n_stages=0, metric=metric)
+    assert none.codes.shape == none.errors.shape == (70, 0) and not none.quantized.any()
+
+
+def test_leading_dimensions(device):
+    x, codebooks = gaussian(24, 10, 9, 2, device)
+    flat = rvq.encode(x, codebooks)
+    for leading in ((4, 6), (2, 3, 4), (24, 1)):
+        found = rvq.encode(x.view(*leading, 10), codebooks)
+        for a, b in zip(found, flat, strict=True):
+            assert a.shape[:-1] == leading and torch.equal(a.view(b.shape), b)
+    for a, b in zip(rvq.encode(x[3], codebooks), flat, strict=True):
+        assert torch.equal(a, b[3])
+
+
+def test_strided_vectors(device):
+    codebooks = codebooks_for(2, 33, 40, device)
+    wide = vectors(60, 100, device)
+    for x in (
+        wide[:, 3:43],
+        wide[::2, :40],
+        wide[:40].T,
+        wide[:, :80:2],
+        wide[:1, :40].expand(9, 40),
+        wide[:, :1].expand(60, 40),
+    ):
+        found, expected = rvq.encode(x, codebooks), check(x.contiguous(), codebooks)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_strided_codebooks(device):
+    x = vectors(50, 12, device)
+    for codebooks in (
+        vectors(3 * 12, 20, device).view(3, 12, 20).mT,
+        codebooks_for(1, 20, 12, device).expand(3, 20, 12),
+        codebooks_for(20, 3, 12, device).transpose(0, 1),
+        codebooks_for(6, 20, 24, device)[::2, :, 5:17],
+    ):
+        found, expected = rvq.encode(x, codebooks), check(x, codebooks.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("metric", rvq.METRICS)
+def test_a_vector_does_not_depend_on_its_neighbours(device, metric):
+    x, codebooks = gaussian(150, 50, 200, 3, device)
+    whole = rvq.encode(x, codebooks, metric=metric)
+    for begin, end in ((0, 1), (7, 8), (149, 150), (30, 95)):
+        part = rvq.encode(x[begin:end], codebooks, metric=metric)
+        assert all(torch.equal(a, b[begin:end]) for a, b in zip(part, whole, strict=True))
+
+
+def test_codes_do_not_depend_on_the_number_of_threads():
+    x, codebooks = gaussian(700, 50, 200, 3, "cpu")
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(rvq.encode(x, codebooks))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_in_a_vector_stay_there(device, bad):
+    clean, codebooks = gaussian(130, 40, 70, 3, device)
+    codebooks[:, 0] += 100  # code 0 is no one's choice
+    for dtype in dtypes(device):
+        expected = rvq.encode(clean.to(dtype), codebooks.to(real(dtype)))
+        x = clean.to(dtype, copy=True)
+        x[::3, 17] = bad
+        x[3] = bad
+        found = rvq.encode(x, codebooks.to(real(dtype)))
+        assert not expected.codes.eq(0).any() and found.codes[::3].eq(0).all()
+        assert not found.errors[::3].isfinite().any()
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a[1::3], b[1::3]) and torch.equal(a[2::3], b[2::3])
+        decoded = rvq.decode(found.codes, codebooks.to(real(dtype)))
+        assert torch.equal(found.quantized, decoded.to(dtype))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_code_that_is_not_finite_is_never_chosen(device, bad):
+    x, codebooks = gaussian(130, 40, 70, 3, device)
+    wrong = torch.rand(3, 70, device=device) < 0.3
+    wrong[:, 0] = wrong[:, -1] = True
+    spoilt = codebooks.clone()
+    spoilt[..., 11][wrong] = bad
+    codes = check(x, spoilt).codes.long()
+    assert not wrong.gather(1, codes.T).any()
+    spoilt[1] = bad
+    found = rvq.encode(x, spoilt)
+    assert torch.equal(found.codes[:, 0].long(), codes[:, 0]) and found.codes[:, 1:].eq(0).all()
+
+
+def test_without_the_last_step(device):
+    for dtype in dtypes(device):
+        x, codebooks = gaussian(300, 64, 256, 3, device)
+        check(x.to(dtype), codebooks.to(real(dtype)), exact=False)
+
+
+def test_errors_fall_with_the_stages(device):
+    """With codes at the centres of what is left, as k-means puts them."""
+    x = vectors(1000, 16, device)
+    codebooks = torch.cat([x[None, :64], 0.3 * codebooks_for(3, 64, 16, device)])
+    codebooks[1:, 0] = 0
+    mean = rvq.encode(x, codebooks).errors.mean(0)
+    assert (mean[1:] < mean[:-1]).all() and mean[-1] < 0.5 * x.square().sum(-1).mean()
+
+
+@needs_gpu
+def test_more_than_2_to_the_31_elements():
+    n = 2**25 + 1000
+    x = torch.zeros(n, 64, device="cuda", dtype=torch.bfloat16)
+    x[:1000].normal_(), x[-1000:].normal_()
+    codebooks = codebooks_for(2, 16, 64, "cuda")
+    found = rvq.encode(x, codebooks)
+    for part in (slice(0, 1000), slice(n - 1000, n)):
+        expected = check(x[part], codebooks)
+        assert all(torch.equal(a[part], b) for a, b in zip(found, expected, strict=True))
+    quantized = rvq.decode(found.codes, codebooks.bfloat16())
+    close(quantized[-1000:], rvq.decode(found.codes[-1000:], codebooks.bfloat16()))
