@@ -2,14 +2,21 @@
 
 from .experts import Experts, SharedExperts
 from .moe import MoE, Routing
+from .quantizer_metrics import CodeUsage, code_usage
+from .quantizers import Quantized, ResidualVQ, VectorQuantizer
 from .routers import ExpertChoiceRouter, RouterOutput, TopKRouter
 
 __all__ = [
+    "CodeUsage",
     "ExpertChoiceRouter",
     "Experts",
     "MoE",
+    "Quantized",
+    "ResidualVQ",
     "RouterOutput",
     "Routing",
     "SharedExperts",
     "TopKRouter",
+    "VectorQuantizer",
+    "code_usage",
 ]
