@@ -22,12 +22,13 @@ from bench.case import (
     plain,
     tensors,
 )
+from bench.inputs import GPU
 from bench.inputs_moe import OLMOE, QWEN3, Inputs, Shape
 from sparsemoe.ops import moe as ops
 from sparsemoe.reference import moe as reference
 
 GPU_SHAPES = [QWEN3, OLMOE, *inputs_moe.OTHERS, *inputs_moe.SKEWED, *inputs_moe.DECODE]
-SHAPES = GPU_SHAPES if inputs_moe.GPU else inputs_moe.CPU
+SHAPES = GPU_SHAPES if GPU else inputs_moe.CPU
 
 ours = partial(beside, {"sparsemoe": ops, "reference": reference})
 
@@ -236,7 +237,7 @@ def wanted(shape: Shape, op: Op, name: str) -> bool:
     if "by column" in op.name and shape not in SHAPES[:2]:
         return False
     if name == "torch, grouped_mm":
-        return not inputs_moe.GPU  # there it is "torch"
+        return not GPU  # there it is "torch"
     if name in ("reference", "torch-compiled"):  # slow, and slow to compile
         return shape is SHAPES[0]
     if name == "sonic-moe":

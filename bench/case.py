@@ -27,9 +27,10 @@ class Op:
     counts  what the floor counts, in words; nbytes and flops are the same as functions of the
             inputs
     view    makes of a result the tensors on which implementations must agree
-    ties    whether implementations may break ties differently
+    ties    the share of integers that may differ where ties are broken differently
     tolerance of the relative error of reals, if not that of the shape's dtype
     rough   implementation -> its own tolerance
+    facts   makes of a result more figures for the results file
     """
 
     name: str
@@ -38,9 +39,10 @@ class Op:
     nbytes: Callable[[Any], float]
     flops: Callable[[Any], float] = lambda inputs: 0
     view: Callable[[Any, Any], Iterable[Tensor]] = lambda inputs, result: tensors(result)
-    ties: bool = False
+    ties: float = 0.0
     tolerance: float | None = None
     rough: Mapping[str, float] = field(default_factory=dict)
+    facts: Callable[[Any, Any], dict[str, float]] = lambda inputs, result: {}
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -112,7 +114,8 @@ def backward(table: Table, leaves: str) -> Table:
 
 
 def captured(table: Table) -> Table:
-    """The replay of a CUDA graph of each call, which must not wait for the device."""
+    """The replay of a CUDA graph of each call, which must not wait for the device. A call that
+    changes a state has a method `reset`, which undoes the calls before the capture."""
 
     def graph_of(build: Callable[[Any], Call]) -> Callable[[Any], Call]:
         def capture(inputs: Any) -> Call:
@@ -126,6 +129,8 @@ def captured(table: Table) -> Table:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 result = call()
+            if hasattr(call, "reset"):
+                call.reset()
             return partial(_replay, graph, result)
 
         return capture
@@ -155,8 +160,7 @@ def difference(
 ) -> str | None:
     """Why the result of implementation `name` is wrong, or None.
 
-    Reals: the norm of the difference over the norm. Integers: the share that differs, none or with
-    ties one in a thousand.
+    Reals: the norm of the difference over the norm. Integers: the share that differs.
     """
     for index, (a, b) in enumerate(zip(result, expected, strict=True)):
         if a.shape != b.shape:
@@ -165,7 +169,7 @@ def difference(
             allowed = op.rough.get(name, op.tolerance or TOLERANCE[shape.dtype])
             error = _relative_error(a, b)
         else:
-            allowed = 1e-3 if op.ties else 0.0
+            allowed = op.ties
             error = (a != b).float().mean().item()
         if not error <= allowed:
             return f"output {index} is wrong by {error:.2g}"
@@ -208,7 +212,7 @@ def measurement(op: Op, inputs: Any, call: Call, ms: float | None = None) -> dic
     ms = ms or timing.milliseconds(call)
     found |= {"ms": ms, "GB/s": nbytes / ms / 1e6}
     if flops:
-        most = timing.matmul_rate(inputs.shape.dtype)
+        most = timing.matmul_rate(inputs.matmul_dtype)
         floor = max(floor, flops / most)
         found |= {"TFLOP/s": flops / ms / 1e9, "% of matmul": 1e5 * flops / ms / most}
     found |= {"floor ms": 1e3 * floor, "ratio to floor": ms / 1e3 / floor}

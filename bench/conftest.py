@@ -40,7 +40,7 @@ def share(config: pytest.Config) -> tuple[int, int] | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if peers.INSTALLED and timing.DEVICE.type == "cuda":
+    if peers.COMPILED and timing.DEVICE.type == "cuda":
         peers.shorten_autotuning(*(share(config) or (0, 1)))
 
 
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if share(config):
         index, count = share(config)
         compiled = [item for item in items if item.callspec.params["name"] == "torch-compiled"]
-        peer = [item for item in items if item.callspec.params["name"] in peers.KNOWN]
+        peer = [item for item in items if item.callspec.params["name"] in peers.COMPILED]
         items[:] = compiled[index::count] + peer
 
 
@@ -147,7 +147,9 @@ def measure(benchmark: Any, results: Results, request: pytest.FixtureRequest) ->
         inputs = inputs_of(make, shape)
         with torch.no_grad():
             call = op.calls[name](inputs)
-            result = list(op.view(inputs, call()))
+            result = call()
+            facts = op.facts(inputs, result)
+            result = list(op.view(inputs, result))
             wrong = difference(op, shape, result, expected_of(make, shape, op), name)
             del result
             if wrong:
@@ -161,7 +163,7 @@ def measure(benchmark: Any, results: Results, request: pytest.FixtureRequest) ->
                 cases = [item.params for item in items if item]
                 rivals = [c["name"] for c in cases if c.get("shape") is shape and c.get("op") is op]
                 ms = turns_of(make, shape, op, tuple(rivals)).get(name)
-            found = measurement(op, inputs, call, ms)
+            found = measurement(op, inputs, call, ms) | facts
             repeats = min(max(int(30 / found["ms"]), 1), 200)
             benchmark.pedantic(call, rounds=3 if repeats > 1 else 1, iterations=repeats)
         found["call ms"] = float(f"{1e3 * benchmark.stats.stats.median:.4g}")

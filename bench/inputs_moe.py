@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import plain_moe, timing
+from bench.inputs import RandomInputs
 from sparsemoe.reference import moe as reference
 from sparsemoe.types import Gate, Plan
 
@@ -70,37 +70,17 @@ CPU = [
     Shape("small fp32", 4096, 512, 512, 32, 4, torch.float32),
     Shape("small bf16", 4096, 512, 512, 32, 4),
 ]
-GPU = timing.DEVICE.type == "cuda"
 
 
-class Inputs:
-    """Made on first use. Those that may want a gradient are leaves."""
+class Inputs(RandomInputs):
+    """Made on first use."""
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+        super().__init__(shape)
         self.tokens, self.top_k, self.num_experts = shape.tokens, shape.top_k, shape.experts
         self.groups = shape.groups
         self.group_capacity = math.ceil(shape.pairs / shape.experts / shape.groups)
         self.capacity = math.ceil(shape.pairs / shape.experts)
-        self._generator = torch.Generator(timing.DEVICE).manual_seed(0)
-        self._gradients: dict[Any, Tensor] = {}
-
-    def random(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        values = torch.randn(
-            size,
-            generator=self._generator,
-            device=timing.DEVICE,
-            dtype=dtype or self.shape.dtype,
-        )
-        return values.mul_(scale).requires_grad_()
-
-    def gradient(self, y: Tensor) -> Tensor:
-        """A random gradient of y, the same on every call."""
-        if y.dim() == 0:
-            return torch.ones_like(y)
-        if y.shape not in self._gradients:
-            self._gradients[y.shape] = self.random(*y.shape, dtype=y.dtype).detach()
-        return self._gradients[y.shape]
 
     @cached_property
     def x(self) -> Tensor:

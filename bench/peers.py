@@ -16,17 +16,15 @@ from torch import Tensor
 
 from bench import timing
 
-KNOWN = {  # name here -> module
-    "moe-ops": "moe_ops",
-    "liger": "liger_kernel",
-    "scattermoe": "scattermoe",
-    "sonic-moe": "sonicmoe",
+KNOWN = {  # name here -> the modules that it needs
+    "moe-ops": ("moe_ops", "triton"),
+    "liger": ("liger_kernel", "triton"),
+    "scattermoe": ("scattermoe", "triton"),
+    "sonic-moe": ("sonicmoe", "triton"),
+    "vector-quantize-pytorch": ("vector_quantize_pytorch", "einx"),
 }
-INSTALLED = [
-    name
-    for name, module in KNOWN.items()
-    if importlib.util.find_spec(module) and importlib.util.find_spec("triton")
-]
+INSTALLED = [name for name, modules in KNOWN.items() if all(map(importlib.util.find_spec, modules))]
+COMPILED = [name for name in INSTALLED if "triton" in KNOWN[name]]  # on first use
 
 
 def gate(logits: Tensor, top_k: int) -> Any:
@@ -137,6 +135,51 @@ def _sonic_options() -> dict[str, Any]:
         "activation_type": ActivationType("swiglu"),
         "is_inference_mode_enabled": not torch.is_grad_enabled(),
     }
+
+
+def residual_vq(
+    codebooks: Tensor, cluster_size: Tensor, embed_sum: Tensor, **options: Any
+) -> torch.nn.Module:
+    """A ResidualVQ of vector-quantize-pytorch with that state, straight-through as ours."""
+    from vector_quantize_pytorch import ResidualVQ
+
+    n_stages, n_codes, width = codebooks.shape
+    model = ResidualVQ(
+        dim=width,
+        num_quantizers=n_stages,
+        codebook_size=n_codes,
+        rotation_trick=False,
+        **options,
+    ).to(codebooks.device)
+    for q, layer in enumerate(model.layers):
+        book = layer._codebook
+        book.embed.data.copy_(codebooks[q])
+        book.cluster_size.copy_(cluster_size[q])
+        book.embed_avg.copy_(embed_sum[q])
+    return model
+
+
+def residual_vq_encode(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and quantized, by beam search where the model has a beam. In float32: its residuals
+    would be of x's dtype."""
+    quantized, codes, _ = model(x.float()[None])
+    return codes[0], quantized[0].to(x.dtype)
+
+
+def residual_vq_decode(model: torch.nn.Module, codes: Tensor) -> Tensor:
+    return model.get_output_from_indices(codes[None])[0]
+
+
+def residual_vq_step(model: torch.nn.Module, x: Tensor, gradient: Tensor) -> Any:
+    """A training step: codes and the gradient to x, then codebooks and cluster sizes by stage."""
+    with torch.enable_grad():
+        quantized, codes, losses = model(x.float()[None])
+        # each stage passes a gradient of its own straight through
+        gradient = gradient.float()[None] / len(model.layers)
+        (x_gradient,) = torch.autograd.grad([quantized, losses.sum()], x, [gradient, None])
+    books = [layer._codebook for layer in model.layers]
+    state = [book.embed[0] for book in books], [book.cluster_size[0] for book in books]
+    return (codes[0], x_gradient), state
 
 
 def shorten_autotuning(index: int = 0, count: int = 1) -> None:

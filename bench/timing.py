@@ -168,7 +168,14 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         found["matmul 2048^3 fp32, GFLOP/s"] = round(matmul_rate(torch.float32) / 1e9, 1)
     first = _output(sys.executable, "-m", "bench.first_call")
     found["first forward + backward of nn.MoE in a new process, s"] = first
-    for name in ("triton", "moe-ops", "liger-kernel", "scattermoe", "sonic-moe"):
+    for name in (
+        "triton",
+        "moe-ops",
+        "liger-kernel",
+        "scattermoe",
+        "sonic-moe",
+        "vector-quantize-pytorch",
+    ):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

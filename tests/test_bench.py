@@ -6,31 +6,38 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import bench_experts, bench_moe, case, peers, timing
+from bench import bench_experts, bench_moe, bench_rvq, case, inputs_moe, inputs_rvq, peers, timing
 from bench.bench_experts import GPU_SHAPES
-from bench.inputs_moe import GPU, Inputs, Shape
+from bench.inputs import GPU
 
-SHAPE = Shape("tiny", 96, 64, 32, 8, 2, torch.float32)
+SHAPE = inputs_moe.Shape("tiny", 96, 64, 32, 8, 2, torch.float32)
+RVQ_SHAPE = inputs_rvq.Shape("tiny", 96, 16, 24, 3, beam_vectors=32)
+# torch's grouped_mm of float32 waits for the device, so that it cannot be captured
+GRAPH_SHAPE = replace(SHAPE, dtype=torch.bfloat16)
 CASES = [
-    pytest.param(op, name, id=f"{op.name}-{name}")
-    for op in bench_moe.OPS + bench_experts.OPS
+    pytest.param(
+        make, graph_shape if "graph" in op.name else shape, op, name, id=f"{op.name}-{name}"
+    )
+    for make, shape, graph_shape, ops in [
+        (inputs_moe.Inputs, SHAPE, GRAPH_SHAPE, bench_moe.OPS + bench_experts.OPS),
+        (inputs_rvq.Inputs, RVQ_SHAPE, RVQ_SHAPE, bench_rvq.OPS),
+    ]
+    for op in ops
     for name in op.calls
     if name not in peers.KNOWN and name not in ("reference", "torch-compiled")
-    if GPU or "graph" not in op.name
+    if GPU or not ("graph" in op.name or "bf16" in name)
 ]
 
 
 @functools.cache
-def inputs(shape: Shape = SHAPE) -> Inputs:
-    return Inputs(shape)
+def inputs(make, shape):
+    return make(shape)
 
 
-@pytest.mark.parametrize(("op", "name"), CASES)
+@pytest.mark.parametrize(("make", "shape", "op", "name"), CASES)
 @torch.no_grad()
-def test_implementations_agree(op, name):
-    # torch's grouped_mm of float32 waits for the device, so that it cannot be captured
-    shape = replace(SHAPE, dtype=torch.bfloat16) if "graph" in op.name else SHAPE
-    given = inputs(shape)
+def test_implementations_agree(make, shape, op, name):
+    given = inputs(make, shape)
     result, expected = (
         list(op.view(given, op.calls[which](given)())) for which in (name, "reference")
     )
@@ -49,6 +56,28 @@ def test_every_layer_meets_the_peers(shape):
             if bench_experts.wanted(shape, op, name)
         }
         assert beside >= {"sparsemoe", "torch", "moe-ops", "liger", "sonic-moe"}
+
+
+@pytest.mark.parametrize("op", bench_rvq.OPS, ids=lambda op: op.name)
+@torch.no_grad()
+def test_vectors_that_are_quantized_otherwise_are_noticed(op):
+    """Codes of a neighbour, or a gradient or state that is not moved."""
+    given = inputs(inputs_rvq.Inputs, RVQ_SHAPE)
+    expected = list(op.view(given, op.calls["reference"](given)()))
+    wrong = [t.roll(1, 0) for t in expected]
+    for index, t in enumerate(wrong):
+        result = [*expected[:index], t, *expected[index + 1 :]]
+        assert case.difference(op, RVQ_SHAPE, result, expected) is not None
+
+
+def test_a_replay_starts_from_the_first_state():
+    given = inputs(inputs_rvq.Inputs, RVQ_SHAPE)
+    with torch.no_grad():
+        call = bench_rvq.training_step["torch"](given)
+        call()
+        assert not torch.equal(call.state[0], given.state[0])
+        call.reset()
+    assert all(torch.equal(a, b) for a, b in zip(call.state, given.state, strict=True))
 
 
 def test_compilers_share_candidates():

@@ -52,6 +52,19 @@ def test_a_layer_lists_memory_and_slow_launches(tmp_path: Path):
     assert "takes longer, ms: layer: sparsemoe 0.3.\n" in page
 
 
+def test_codes_that_differ_are_listed(tmp_path: Path):
+    (tmp_path / "gpu.json").write_text(
+        """{"environment": {"device": "GPU"}, "families": ["rvq"], "counts": {},
+        "shapes": {"small": "N=1"}, "results": [
+        {"shape": "small", "op": "encode", "implementation": "sparsemoe", "ms": 1.0, "GB/s": 900.0,
+         "floor ms": 0.9, "ratio to floor": 1.1, "other codes, %": 0.0},
+        {"shape": "small", "op": "encode", "implementation": "torch, tf32", "ms": 1.0,
+         "GB/s": 900.0, "floor ms": 0.9, "ratio to floor": 1.1, "other codes, %": 1.234}]}"""
+    )
+    text = "Codes that are not the reference's, %: encode: sparsemoe 0, torch, tf32 1.23.\n"
+    assert text in render([tmp_path / "gpu.json"])
+
+
 def test_comparison_names_what_failed():
     rows = [
         {"shape": "s", "op": "o", "implementation": "sparsemoe", "ms": 1.0, "floor ms": 0.5,

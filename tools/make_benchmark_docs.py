@@ -22,12 +22,16 @@ caches are warm. The implementations of an operation take turns, so that a GPU's
 else a CPU does fall on all. Every result was first compared with the reference. The
 floor is the larger of the bytes that the operation must move over the copy bandwidth of the same
 run (on a CPU, that of a copy of the same size), and its operations over the rate of a large dense
-matrix product of the same dtype in the same run, of which a percentage is given; what is counted
-stands at the end. "Plain PyTorch" is the fastest of the expressions in `bench/plain_*.py`, eager or
-compiled.
+matrix product of the same dtype (for rvq on a GPU: of bfloat16) in the same run, of which a
+percentage is given; what is counted stands at the end. "Plain PyTorch" is the fastest of the
+expressions in `bench/plain_*.py`, eager or compiled.
 
 To repeat: `python -m bench.run --out FILE`. To explain a time: `python -m bench.profile --help`.
 """
+
+# operations of which memory and launches are listed
+WHOLE = ("layer", "encode", "beam_encode", "training step")
+OTHER_CODES = "other codes, %"
 
 
 def kind(implementation: str) -> str:
@@ -152,11 +156,14 @@ def section(data: dict[str, Any]) -> list[str]:
             cells = [by_name.get(name, {}) for name in names]
             times.append([op] + ["failed" if "failed" in c else figure(c.get("ms")) for c in cells])
         lines += ["", "All times, ms:", "", *table(["", *names], times)]
-        layers = {op: rows for op, rows in mine.items() if op.startswith("layer")}
-        memory = listed(layers, "extra MiB", lambda row: bool(row.get("extra MiB")))
+        whole = {op: rows for op, rows in mine.items() if op.startswith(WHOLE)}
+        memory = listed(whole, "extra MiB", lambda row: bool(row.get("extra MiB")))
         if memory:
             lines += ["", f"Peak memory above the inputs, MiB: {memory}."]
-        waiting = listed(layers, "call ms", launches_show)
+        other = listed(mine, OTHER_CODES, lambda row: OTHER_CODES in row)
+        if other:
+            lines += ["", f"Codes that are not the reference's, %: {other}."]
+        waiting = listed(whole, "call ms", launches_show)
         if waiting:
             lines += ["", f"Wall time of a call where launching it takes longer, ms: {waiting}."]
         failed = [
