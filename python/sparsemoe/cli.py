@@ -1,18 +1,25 @@
-"""The command line: ``sparsemoe demo | train | generate | evaluate | bench | info``."""
+"""The command line: ``sparsemoe demo | train | generate | evaluate | codec | bench | info``."""
 
 from __future__ import annotations
 
 import argparse
 import codecs
-import contextlib
 import json
 import os
 import re
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
+
+from sparsemoe.cli_codec import add_codec
+from sparsemoe.cli_run import (
+    add_checkpoint,
+    add_device,
+    add_run,
+    command,
+    overrides_help,
+    train,
+)
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
 
@@ -39,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Arguments as a namespace. ``section.key=value`` may stand anywhere among them."""
     overrides = []
-    if arguments[:1] and arguments[0] in ("train", "bench", "demo"):
+    if arguments[:1] in (["train"], ["bench"], ["demo"]) or arguments[:2] == ["codec", "train"]:
         overrides = [a for a in arguments if OVERRIDE.match(a) and not os.path.exists(a)]
         arguments = [a for a in arguments if a not in overrides]
     args = make_parser().parse_args(arguments)
@@ -54,36 +61,18 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="'sparsemoe COMMAND --help' explains one command. To begin: sparsemoe demo",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_train, _add_generate, _add_evaluate, _add_bench, _add_info):
-        add(commands)
+    _add_demo(commands)
+    _add_train(commands)
+    _add_generate(commands)
+    _add_evaluate(commands)
+    add_codec(commands)
+    _add_bench(commands)
+    _add_info(commands)
     return parser
-
-
-def _command(commands: Any, name: str, run: Any, help: str, **options: Any) -> Any:
-    parser = commands.add_parser(
-        name,
-        help=help,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        **options,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_device(parser: Any) -> None:
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one"
-    )
-
-
-OVERRIDES_HELP = """\
-Any key of the config can be set on the command line, for example
-  model.hidden_size=256 model.num_experts=16 train.learning_rate=2e-3
-A misspelt key is refused, and the nearest known key named."""
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "demo",
         run_demo,
@@ -91,7 +80,7 @@ def _add_demo(commands: Any) -> None:
         description="Trains a small mixture-of-experts model on the source of Python's own\n"
         "library, which every machine has, and shows what it learnt: a sample of its\n"
         "text, and its bits per byte on files it never saw, beside those of xz -9.",
-        epilog=OVERRIDES_HELP,
+        epilog=overrides_help(),
     )
     parser.add_argument(
         "--compare-dense",
@@ -105,7 +94,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of weights and data order (default: 0)"
     )
-    _add_device(parser)
+    add_device(parser)
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -122,7 +111,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "train",
         run_train,
@@ -132,92 +121,24 @@ def _add_train(commands: Any) -> None:
         description="Trains a model on the bytes of any files. A part of the files is held out\n"
         "to validate on. Checkpoints and metrics go to the run's folder. Ctrl-C ends the run\n"
         "after the step at hand, with a checkpoint; again Ctrl-C ends it at once.",
-        epilog=OVERRIDES_HELP
+        epilog=overrides_help()
         + """
 
 examples
   sparsemoe train --config demo --data ~/src/project --out runs/project
   sparsemoe train --out runs/project --resume train.steps=20000""",
     )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="a YAML file, or the name of a config that comes along: demo, demo_gpu",
-    )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        help="files and folders (default: data.paths of the config; else Python's own library)",
-    )
-    parser.add_argument("--out", default="runs/train", metavar="DIR", help="default: runs/train")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in --out, with its config unless --config is given",
-    )
+    add_run(parser, configs="demo, demo_gpu", out="runs/train")
 
 
 def run_train(args: argparse.Namespace) -> None:
-    import yaml
+    from sparsemoe.train.config import RunConfig
 
-    from sparsemoe.train import checkpoint
-    from sparsemoe.train.config import (
-        ConfigError,
-        RunConfig,
-        apply_overrides,
-        from_dict,
-        load_config,
-        load_data,
-        to_dict,
-    )
-    from sparsemoe.train.progress import make_progress
-    from sparsemoe.train.trainer import Trainer
-
-    out = Path(args.out)
-    saved = checkpoint.newest(out / "checkpoints")
-    if args.resume and saved is None:
-        raise checkpoint.CheckpointError(f"no complete checkpoint in {out} to resume from")
-    if saved and not args.resume:
-        raise ConfigError(
-            f"{out} holds a run; add --resume to go on with it, or choose another --out"
-        )
-    if saved and args.config is None:
-        config = from_dict(RunConfig, apply_overrides(saved.info["config"], args.overrides))
-    else:
-        config = load_config(args.config, args.overrides)
-    if args.data:
-        config.data.paths = args.data
-    train, held_out = load_data(config.data)
-    print(f"{len(train):,} bytes to train on, {len(held_out):,} held out", flush=True)
-    trainer = Trainer(config, train, held_out, out)
-    if saved:
-        trainer.resume(saved)
-        print(f"resumed {saved.path} at step {saved.step}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
-    with _gentle_stop(trainer), make_progress() as trainer.progress:
-        trainer.fit()
-    print(f"step {trainer.step}; checkpoints and metrics are in {out}")
-
-
-@contextlib.contextmanager
-def _gentle_stop(trainer: Any) -> Iterator[None]:
-    """The first Ctrl-C ends training after the step at hand, with a checkpoint."""
-
-    def stop(*_: object) -> None:
-        trainer.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    train(args, RunConfig)
 
 
 def _add_generate(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "generate",
         run_generate,
@@ -225,7 +146,7 @@ def _add_generate(commands: Any) -> None:
         description="Writes the prompt and what the model puts after it.",
         epilog='example\n  sparsemoe generate --checkpoint runs/demo --prompt "def main("',
     )
-    _add_checkpoint(parser)
+    add_checkpoint(parser)
     parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
     parser.add_argument("--bytes", type=int, default=500, help="how many to write (default: 500)")
     parser.add_argument(
@@ -239,16 +160,7 @@ def _add_generate(commands: Any) -> None:
         "--top-p", type=float, default=0.95, help="draw from the likeliest share p (default: 0.95)"
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same text")
-    _add_device(parser)
-
-
-def _add_checkpoint(parser: Any) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run's folder (its newest checkpoint is taken), or one checkpoint's folder",
-    )
+    add_device(parser)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -271,7 +183,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "evaluate",
         run_evaluate,
@@ -279,7 +191,7 @@ def _add_evaluate(commands: Any) -> None:
         description="Predicts every byte of some files once, and prints the mean number of bits\n"
         "that a byte cost, beside what xz -9 needs for the same bytes.",
     )
-    _add_checkpoint(parser)
+    add_checkpoint(parser)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -291,7 +203,7 @@ def _add_evaluate(commands: Any) -> None:
         "--overlap", type=int, help="least context of a prediction (default: half the context)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_device(parser)
+    add_device(parser)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -321,7 +233,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "bench",
         run_bench,
@@ -330,7 +242,7 @@ def _add_bench(commands: Any) -> None:
         description="Measures training, evaluation and generation of a config's model on\n"
         "Python's own library. The operations by themselves are measured, in a checkout of\n"
         "the repository, by: pytest bench --benchmark-only",
-        epilog=OVERRIDES_HELP,
+        epilog=overrides_help(),
     )
     parser.add_argument("--config", metavar="FILE", help="default: the demo's for this machine")
     parser.add_argument("--steps", type=int, default=20, help="training steps (default: 20)")
@@ -353,9 +265,7 @@ def run_bench(args: argparse.Namespace) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    parser = _command(
-        commands, "info", run_info, "versions, and what this build and machine can do"
-    )
+    parser = command(commands, "info", run_info, "versions, and what this build and machine can do")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

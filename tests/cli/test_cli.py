@@ -38,7 +38,11 @@ def error_of(capsys, *arguments: object) -> str:
     return error
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "generate", "evaluate", "bench", "info"])
+COMMANDS = ["", "demo", "train", "generate", "evaluate", "bench", "info"]
+CODEC_COMMANDS = ["codec", "codec train", "codec eval"]
+
+
+@pytest.mark.parametrize("command", COMMANDS + CODEC_COMMANDS)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command.split(), "--help"])
@@ -46,7 +50,7 @@ def test_help(command, capsys):
     text = capsys.readouterr().out
     assert "usage: sparsemoe" in text
     if not command:
-        for name in ("demo", "train", "generate", "evaluate", "bench", "info"):
+        for name in ("demo", "train", "generate", "evaluate", "codec", "bench", "info"):
             assert f"\n    {name} " in text
 
 

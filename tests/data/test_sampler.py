@@ -56,3 +56,10 @@ def test_too_little_data_is_refused(corpus):
     with pytest.raises(DataError, match="1003 bytes, less than one context of 1004"):
         BatchSampler(corpus, 1004, 1)
     BatchSampler(corpus, 1003, 1).next_batch()
+
+
+def test_bytes_are_the_targets(corpus):
+    one, other = (BatchSampler(corpus, 10, 7, seed=5) for _ in range(2))
+    for _ in range(20):
+        bytes_, (_, targets) = one.next_bytes(), other.next_batch()
+        assert bytes_.dtype == torch.int64 and torch.equal(bytes_, targets)

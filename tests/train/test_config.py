@@ -6,6 +6,7 @@ import yaml
 
 from sparsemoe.train.config import (
     CONFIGS,
+    CodecRunConfig,
     ConfigError,
     RunConfig,
     from_dict,
@@ -109,13 +110,15 @@ def test_a_missing_file_names_those_that_come_along():
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda f: f.stem)
 def test_configs_that_come_along_load(file):
-    config = load_config(file.stem)
-    assert from_dict(RunConfig, to_dict(config)) == config
-    assert config == load_config(file)
+    kind = CodecRunConfig if file.stem.startswith("codec") else RunConfig
+    config = load_config(file.stem, config_type=kind)
+    assert from_dict(kind, to_dict(config)) == config
+    assert config == load_config(file, config_type=kind)
 
 
-def test_every_field_has_a_default_and_a_known_type():
-    config = RunConfig()
+@pytest.mark.parametrize("kind", [RunConfig, CodecRunConfig])
+def test_every_field_has_a_default_and_a_known_type(kind):
+    config = kind()
     for section in dataclasses.fields(config):
         values = to_dict(getattr(config, section.name))
         assert from_dict(section.default_factory, values) == getattr(config, section.name)

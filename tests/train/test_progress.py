@@ -39,6 +39,42 @@ def test_live():
         assert part in text, part
 
 
+CODEC = {
+    "step": 10,
+    "total_steps": 40,
+    "bits_per_byte": 0.25,
+    "bytes_per_second": 12345.6,
+    "byte_accuracy": 0.98765,
+    "code_bits": 4.25,
+    "perplexity": [800.4, 31.5],
+    "code_usage": [1.0, 0.25],
+}
+VALIDATION = {"step": 10, "validation_bits_per_byte": 0.5, "validation_byte_accuracy": 0.95}
+
+
+def test_lines_of_a_codec():
+    stream = io.StringIO()
+    with LineProgress(every=0, stream=stream) as progress:
+        progress.update({k: v for k, v in CODEC.items() if k not in ("perplexity", "code_bits")})
+        progress.update(VALIDATION)
+        progress.update(CODEC)
+    assert stream.getvalue() == (
+        "step 10/40  bits/byte 0.250  12,346 bytes/s  98.77% right\n"
+        "step 10/40  bits/byte 0.250  validation 0.500 (95.00% right)  12,346 bytes/s"
+        "  98.77% right  codes 4.25 bits/byte  perplexity 800 32\n"
+    )
+
+
+def test_live_panel_of_a_codec():
+    stream = io.StringIO()
+    with LiveProgress(Console(file=stream, force_terminal=True, width=100)) as progress:
+        progress.update(VALIDATION)
+        progress.update(CODEC)
+    text = stream.getvalue()
+    for part in ("98.77%", "validation 95.00%", "4.250", "stage 1: 800, 100%", "stage 2: 32, 25%"):
+        assert part in text, part
+
+
 def test_lines_without_a_terminal():
     assert isinstance(make_progress(io.StringIO()), LineProgress)
 

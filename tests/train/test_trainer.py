@@ -165,6 +165,16 @@ def test_ends_at_the_deadline(corpora):
     assert rates[-1] < 0.5 * max(rates)
 
 
+def test_a_run_that_had_its_time_goes_on_when_given_more(corpora, tmp_path):
+    Trainer(tiny_run(minutes=0.01), *corpora, tmp_path).fit()
+    saved = checkpoint.find(tmp_path)
+    for minutes, goes_on in ((0.005, False), (0.03, True)):
+        trainer = Trainer(tiny_run(minutes=minutes), *corpora, tmp_path)
+        trainer.resume(saved)
+        trainer.fit()
+        assert (trainer.step > saved.step) == goes_on
+
+
 def test_stops_with_a_checkpoint(corpora, tmp_path):
     trainer = Trainer(tiny_run(steps=100), *corpora, tmp_path)
 

@@ -45,11 +45,15 @@ class Corpus:
         input is the byte before it, or START where a file begins.
         """
         where = np.asarray(positions, dtype=np.int64)[:, None] + np.arange(length)
-        targets = self.data[where].astype(np.int64)
+        targets = self.bytes_at(positions, length).astype(np.int64)
         inputs = self.data[where - 1].astype(np.int64)
         nearest = np.searchsorted(self.starts, where, side="right") - 1
         inputs[self.starts[nearest] == where] = START
         return inputs, targets
+
+    def bytes_at(self, positions: np.ndarray, length: int) -> np.ndarray:
+        """The ``length`` bytes from each of ``positions`` [B], wholly inside: uint8 [B, length]."""
+        return self.data[np.asarray(positions, dtype=np.int64)[:, None] + np.arange(length)]
 
     def fingerprint(self) -> str:
         """A hash of the files' names and places: whether two corpora are the same files."""

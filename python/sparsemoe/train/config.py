@@ -20,6 +20,7 @@ import yaml
 
 from sparsemoe.data import Corpus, load_corpora, load_standard_library
 from sparsemoe.models.moe_lm import MoELMConfig
+from sparsemoe.models.vyra import CodecConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -79,14 +80,25 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that decides a run."""
+    """Everything that decides a run of a language model."""
 
     model: MoELMConfig = field(default_factory=MoELMConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+@dataclass
+class CodecRunConfig(RunConfig):
+    """Everything that decides a run of Vyra's codec."""
+
+    model: CodecConfig = field(default_factory=CodecConfig)  # type: ignore[assignment]
+
+
+def load_config(
+    file: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    config_type: type[RunConfig] = RunConfig,
+) -> RunConfig:
     """The config in a YAML file (or the defaults), with ``key.key=value`` overrides.
 
     ``file`` may also be the bare name of a config that comes with the package, such as
@@ -106,7 +118,7 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
             ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return from_dict(RunConfig, apply_overrides(values, overrides))
+    return from_dict(config_type, apply_overrides(values, overrides))
 
 
 def load_data(config: DataConfig) -> tuple[Corpus, Corpus]:

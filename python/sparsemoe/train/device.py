@@ -38,3 +38,9 @@ def choose_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which the model runs."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def not_compiled() -> torch.compiler.set_stance:
+    """The context in which compiled modules run as they are written: for work of other shapes or
+    without gradients, which would be compiled a second time."""
+    return torch.compiler.set_stance("force_eager")

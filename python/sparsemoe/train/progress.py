@@ -39,6 +39,8 @@ class LineProgress(Progress):
     def update(self, record: dict[str, Any]) -> None:
         if "validation_bits_per_byte" in record:
             self.validation = f"  validation {record['validation_bits_per_byte']:.3f}"
+            if "validation_byte_accuracy" in record:
+                self.validation += f" ({record['validation_byte_accuracy']:.2%} right)"
             return
         now = time.monotonic()
         at_end = record["step"] == record["total_steps"]
@@ -50,6 +52,11 @@ class LineProgress(Progress):
         line += f"{self.validation}  {record['bytes_per_second']:,.0f} bytes/s"
         if "load" in record:
             line += f"  busiest expert {busiest(record['load']):.2f}x the mean"
+        if "byte_accuracy" in record:
+            line += f"  {record['byte_accuracy']:.2%} right"
+        if "perplexity" in record:
+            line += f"  codes {record['code_bits']:.2f} bits/byte"
+            line += f"  perplexity {' '.join(f'{p:.0f}' for p in record['perplexity'])}"
         print(line, file=self.stream, flush=True)
 
 
@@ -59,6 +66,7 @@ class LiveProgress(Progress):
     def __init__(self, console: Console | None = None) -> None:
         self.record: dict[str, Any] = {}
         self.validation: float | None = None
+        self.accuracy: float | None = None
         self.live = Live(console=console, refresh_per_second=4)
 
     def __enter__(self) -> LiveProgress:
@@ -71,6 +79,7 @@ class LiveProgress(Progress):
     def update(self, record: dict[str, Any]) -> None:
         if "validation_bits_per_byte" in record:
             self.validation = record["validation_bits_per_byte"]
+            self.accuracy = record.get("validation_byte_accuracy")
         else:
             self.record = record
         self.live.update(self._render())
@@ -87,6 +96,15 @@ class LiveProgress(Progress):
         table.add_row("loss", f"{record['bits_per_byte']:.3f} bits per byte")
         if self.validation is not None:
             table.add_row("validation", f"{self.validation:.3f} bits per byte")
+        if "byte_accuracy" in record:
+            validated = f", validation {self.accuracy:.2%}" if self.accuracy is not None else ""
+            table.add_row("right bytes", f"{record['byte_accuracy']:.2%}{validated}")
+        if "code_bits" in record:
+            table.add_row("codes", f"{record['code_bits']:.3f} bits per byte")
+        stages = zip(record.get("perplexity", ()), record.get("code_usage", ()), strict=True)
+        for stage, (perplexity, used) in enumerate(stages, 1):
+            name = "perplexity" if stage == 1 else ""
+            table.add_row(name, f"stage {stage}: {perplexity:,.0f}, {used:.0%} of the codes used")
         table.add_row("speed", f"{record['bytes_per_second']:,.0f} bytes (tokens) per second")
         for layer, load in enumerate(record.get("load", ())):
             name = "expert load" if layer == 0 else ""

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsemoe.data import BatchSampler, Corpus
-from sparsemoe.evaluate.bits import bits_per_byte
-from sparsemoe.models.moe_lm import MoELM
 from sparsemoe.train import checkpoint
 from sparsemoe.train.config import ConfigError, RunConfig, from_dict, to_dict
 from sparsemoe.train.device import autocast, choose_device, choose_precision
 from sparsemoe.train.progress import Progress
 from sparsemoe.train.schedule import TimeBudget, learning_rate_factor
+from sparsemoe.train.task import Task, task_of
+
+METRICS = "metrics.jsonl"
 
 
 class TrainError(RuntimeError):
@@ -26,13 +27,14 @@ class TrainError(RuntimeError):
 
 
 class Trainer:
-    """Trains a byte-level language model as a RunConfig says.
+    """Trains a model on bytes as a RunConfig says: a language model, or a codec.
 
-    config    the run; its seed decides the model's first weights and the order of the data
-    train     the corpus to train on
-    held_out  the corpus to validate on
-    out       the run's folder: checkpoints/ and metrics.jsonl; None writes nothing
-    progress  told of every record; see sparsemoe.train.progress
+    config       the run; its seed decides the model's first weights and the order of the data
+    train        the corpus to train on
+    held_out     the corpus to validate on
+    out          the run's folder, for metrics.jsonl and checkpoints; None writes nothing
+    progress     told of every record; see sparsemoe.train.progress
+    checkpoints  folder for checkpoints, in ``out`` unless absolute; None writes none
 
     ``records`` holds one dict a logging interval, as metrics.jsonl does.
     """
@@ -44,16 +46,19 @@ class Trainer:
         held_out: Corpus,
         out: str | Path | None = None,
         progress: Progress | None = None,
+        checkpoints: str | Path | None = "checkpoints",
     ) -> None:
         settings = config.train
         self.config, self.held_out = config, held_out
         self.out = None if out is None else Path(out)
+        self.checkpoints = self.out / checkpoints if self.out and checkpoints else None
         self.progress = progress or Progress()
         self.device = choose_device(settings.device)
         self.precision = choose_precision(settings.precision, self.device)
         torch.manual_seed(settings.seed)
-        self.model = MoELM(config.model).to(self.device)
-        self.loss = torch.compile(self.model) if settings.compile else self.model
+        self.task = task_of(config)
+        self.model = self.task.make_model().to(self.device)
+        self.forward = self.task.compiled(self.model) if settings.compile else self.model
         self.optimizer = make_optimizer(self.model, config, self.device)
         self.sampler = BatchSampler(
             train, config.model.context, settings.batch_size, seed=settings.seed
@@ -75,11 +80,14 @@ class Trainer:
         """Trains to the last step, or to ``deadline`` (of time.monotonic) if that is given
         or ``train.minutes`` set. Raises TrainError where the loss is no longer finite."""
         settings = self.config.train
-        if self.out and self._saved_step is None and checkpoint.newest(self.out / "checkpoints"):
+        if self.checkpoints and self._saved_step is None and checkpoint.newest(self.checkpoints):
             raise TrainError(f"{self.out} holds checkpoints of another run; resume it or move it")
+        self._start_metrics()
         if deadline is None and settings.minutes:
             deadline = time.monotonic() + settings.minutes * 60 - self.seconds
         budget = None if deadline is None else TimeBudget(deadline)
+        if deadline is not None and self.step and time.monotonic() >= deadline:
+            self.total_steps = self.step  # a resumed run that has had its time
         self.model.train()
         started = time.monotonic() - self.seconds
         self._interval = Interval()
@@ -105,16 +113,14 @@ class Trainer:
     def train_step(self) -> None:
         """One step of the optimizer; the device is not waited for."""
         settings = self.config.train
-        counts: Tensor | None = None
+        batches = []
         for _ in range(settings.accumulation):
-            inputs, targets = self.sampler.next_batch(self.device)
             with autocast(self.device, self.precision):
-                loss, aux = self.loss(inputs, targets)
+                loss, aux = self.task.loss(self.forward, self.sampler, self.device, self.step)
             (loss / settings.accumulation).backward()
-            self._interval.add(aux, targets.numel())
-            if "counts" in aux:
-                counts = aux["counts"] if counts is None else counts + aux["counts"]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+            self._interval.add(aux, self.bytes_per_step // settings.accumulation)
+            batches.append(aux)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         self._interval.gradient_norm = norm
         factor = learning_rate_factor(
             self.step, self.total_steps, settings.warmup_steps, settings.final_learning_rate
@@ -123,8 +129,7 @@ class Trainer:
             group["lr"] = settings.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.config.model.expert_bias_rate and counts is not None:
-            self.model.update_expert_bias(counts)
+        self.task.after_step(self.model, batches)
         self.step += 1
 
     def _log(self) -> None:
@@ -135,7 +140,7 @@ class Trainer:
             "bytes": self.step * self.bytes_per_step,
             "seconds": self.seconds,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            **self._interval.read(),
+            **self._interval.read(self.task),
             "bytes_per_second": self._interval.bytes / self._interval.seconds(),
         }
         if not math.isfinite(record["bits_per_byte"]):
@@ -147,26 +152,32 @@ class Trainer:
         self._record(record)
 
     def validate(self) -> float:
-        """Bits per byte on a sample of the held-out corpus, which is recorded too."""
+        """Bits per byte on a sample of the held-out corpus, recorded with the task's other figures;
+        NaN where there is nothing to measure yet."""
         self._interval.pause()
-        result = bits_per_byte(
-            self.model,
-            self.held_out,
-            overlap=0,
-            max_bytes=self.config.train.validation_bytes,
-            precision=self.precision,
-        )
+        figures = self.task.validate(self.model, self.held_out, self.precision)
         self._interval.resume()
-        self._record({"step": self.step, "validation_bits_per_byte": result.bits_per_byte})
-        return result.bits_per_byte
+        if figures:
+            self._record({"step": self.step, "seconds": self.seconds, **figures})
+        return figures.get("validation_bits_per_byte", math.nan)
+
+    def _start_metrics(self) -> None:
+        """Writes the records so far, and none that a resumed run had after its checkpoint."""
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(record) + "\n" for record in self.records)
+            (self.out / METRICS).write_text(lines, encoding="utf-8")
 
     def _record(self, record: dict[str, Any]) -> None:
         self.records.append(record)
+        if self.out:
+            with (self.out / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         self.progress.update(record)
 
     def save(self) -> None:
-        """Writes a checkpoint and the metrics, where the run has a folder."""
-        if self.out is None or self._saved_step == self.step:
+        """Writes a checkpoint, where the run has a folder for them."""
+        if self.checkpoints is None or self._saved_step == self.step:
             return
         self._interval.pause()
         names = [name for group in self.optimizer.param_groups for name in group["param_names"]]
@@ -176,6 +187,7 @@ class Trainer:
         for index, state in self.optimizer.state_dict()["state"].items():
             training |= {f"optimizer.{names[index]}.{key}": t for key, t in state.items()}
         info = {
+            "kind": self.task.kind,
             "config": to_dict(self.config),
             "precision": self.precision,
             "total_steps": self.total_steps,
@@ -184,15 +196,13 @@ class Trainer:
             "records": self.records,
         }
         checkpoint.save(
-            self.out / "checkpoints",
+            self.checkpoints,
             self.step,
             {"model": self.model.state_dict(), "training": training},
             info,
             keep=self.config.train.keep,
         )
         self._saved_step = self.step
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        (self.out / "metrics.jsonl").write_text(lines, encoding="utf-8")
         self._interval.resume()
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
@@ -201,6 +211,7 @@ class Trainer:
         Raises CheckpointError where a file is damaged, ConfigError where the model's shape or
         the data's files are not those of the checkpoint.
         """
+        check_kind(saved, type(self.config))
         check_same_model(to_dict(self.config.model), saved.info["config"]["model"])
         if saved.info["data"]["files"] != self._data_fingerprint():
             raise ConfigError(
@@ -225,7 +236,7 @@ class Trainer:
             self.precision = saved.info["precision"]
         self.step = self._saved_step = saved.step
         self.seconds = saved.info["seconds"]
-        if self.total_steps is None:
+        if self.total_steps is None and (saved.info["total_steps"] or 0) > saved.step:
             self.total_steps = saved.info["total_steps"]
         self.records = list(saved.info["records"])
 
@@ -259,25 +270,17 @@ class Interval:
             value = value.detach().double() if value.is_floating_point() else value.long()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def read(self) -> dict[str, Any]:
-        """Means of the interval, as plain numbers; ``load`` is each expert's share of its
-        layer's pairs [layers][E], ``dropped`` the share of pairs without a place."""
+    def read(self, task: Task) -> dict[str, Any]:
+        """Means of the interval, as plain numbers."""
         sums = {name: value.cpu() for name, value in self.sums.items()}
-        record = {"bits_per_byte": sums["cross_entropy"].item() / self.batches / math.log(2)}
-        record["gradient_norm"] = self.gradient_norm.item()
-        if "counts" in sums:
-            counts = sums["counts"].double()
-            for name in ("load_balance_loss", "router_z_loss"):
-                record[name] = sums[name].item() / self.batches
-            pairs = max(counts.sum().item(), 1.0)
-            record["dropped"] = 1 - sums["num_kept"].item() / pairs
-            record["load"] = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
-        return record
+        return {
+            "bits_per_byte": sums["cross_entropy"].item() / self.batches / math.log(2),
+            "gradient_norm": self.gradient_norm.item(),
+            **task.figures(sums, self.batches),
+        }
 
 
-def make_optimizer(
-    model: torch.nn.Module, config: RunConfig, device: torch.device
-) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and none on gains and biases."""
     settings = config.train
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -303,14 +306,27 @@ def check_same_model(model: dict[str, Any], saved: dict[str, Any]) -> None:
             )
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MoELM, RunConfig]:
+def check_kind(saved: checkpoint.Checkpoint, config_type: type[RunConfig]) -> None:
+    """Raises CheckpointError where a checkpoint is of another kind of model."""
+    wanted = task_of(config_type()).kind
+    found = saved.info.get("kind", wanted)
+    if found != wanted:
+        raise checkpoint.CheckpointError(f"{saved.path} is of a {found}, not of a {wanted}")
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", config_type: type[RunConfig] = RunConfig
+) -> tuple[nn.Module, RunConfig]:
     """The model and config of a checkpoint, or of the newest checkpoint of a run.
+
+    config_type  of the run: RunConfig, or CodecRunConfig for a codec
 
     Raises CheckpointError.
     """
     saved = checkpoint.find(path)
-    config = from_dict(RunConfig, saved.info["config"])
-    model = MoELM(config.model)
+    check_kind(saved, config_type)
+    config = from_dict(config_type, saved.info["config"])
+    model = task_of(config).make_model()
     model.load_state_dict(saved.tensors("model"))
     return model.to(device).eval(), config
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsemoe.models.moe_lm.config import NUM_BYTES, VOCAB_SIZE, MoELMConfig
 from sparsemoe.nn import MoE
+from sparsemoe.nn.rotary import Rotary
 
 Aux = dict[str, Tensor]
 
@@ -47,25 +48,6 @@ class KVCache:
         self.keys[layer][:, :, self.length : end] = keys
         self.values[layer][:, :, self.length : end] = values
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-
-class Rotary(nn.Module):
-    """Turns pairs of channels by an angle that grows with the position."""
-
-    def __init__(self, head_dim: int, context: int, theta: float) -> None:
-        super().__init__()
-        frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)  # [context, D/2]
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
-
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """x [B, S, heads, D] at positions start .. start + S - 1."""
-        end = start + x.shape[1]
-        cos = self.cos[start:end, None].to(x.dtype)
-        sin = self.sin[start:end, None].to(x.dtype)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,1 @@
+from tests.tiny_lm import one_thread  # noqa: F401
