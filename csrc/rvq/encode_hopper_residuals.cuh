@@ -207,7 +207,7 @@ class Residuals {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       state_[h].norm = 0, state_[h].drift = 0;
-      finish(h, 1, sums[h]);
+      finish(h, 1, 0, sums[h]);
     }
   }
   // Of the sixteen elements that a thread has of two blocks, four: their column, less the first.
@@ -228,27 +228,30 @@ class Residuals {
     return fetched;
   }
 
-  // After the elements of row h, whose scale has been changed by the ratio, were made. What is
-  // below half precision is kept to 1/16 of it, or 2^-10 an element.
-  __device__ void finish(int h, float ratio, const RowSums& sums) {
+  // After the elements of row h, whose scale has been changed by the ratio, were made with the
+  // difference of centers of norms that sum to `moved`. What is below half precision is kept to
+  // 1/16 of it, or 2^-10 an element.
+  __device__ void finish(int h, float ratio, float moved, const RowSums& sums) {
     RowState& state = state_[h];
     const float before = ratio * state.norm, seen = sqrtf(quad_sum(sums.error2)) * kAbove;
     state.norm = sqrtf(quad_sum(sums.norm2)) * kAbove;
-    state.error = seen + ratio * state.drift + (before + state.norm) * 0x1p-22f;
+    const float rounded = before + state.norm + state.scale * moved;
+    state.error = seen + ratio * state.drift + rounded * 0x1p-22f;
     state.drift = state.error - seen + seen / 16 + 0x1p-10f * sqrtf(kDepths * kTileDepth);
   }
 
   __device__ void next_residuals(int stage, const int (&code)[2]) {
     float ratio[2];
     RowSums sums[2];
-    const bool moved = moves() && s_.constants[stage].other + s_.constants[stage + 1].other > 0;
+    const float center = s_.constants[stage].other, next_center = s_.constants[stage + 1].other;
+    const bool moved = moves() && center + next_center > 0;
     const float* chosen[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       chosen[h] = codebook(stage) + int64_t(code[h]) * p_.width + column_;
       float above = distance_[h];
       if (moves()) {
-        above += state_[h].scale * s_.constants[stage + 1].other;
+        above += state_[h].scale * next_center;
       } else {
         above = state_[h].norm +
                 state_[h].scale * __ldg(t_.norms + stage * p_.n_codes + code[h]) * kAbove;
@@ -277,7 +280,11 @@ class Residuals {
     };
     make<true>(fetch, element, sums);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) finish(h, ratio[h], sums[h]);
+    for (int h = 0; h < 2; ++h) {
+      // From or to no center, the difference is exact.
+      const bool rounds = moved && center > 0 && next_center > 0;
+      finish(h, ratio[h], rounds ? center + next_center : 0, sums[h]);
+    }
   }
 
   // Row h is for encode_exact, from this stage on.
