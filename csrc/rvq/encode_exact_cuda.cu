@@ -45,9 +45,21 @@ __device__ inline T* of_block(T* place, int block) {
   return place;
 }
 
-// For few vectors: kBlocks blocks, a cluster, take one and share the codes.
+template <int kPieces, bool kPacked>
+__device__ inline void finish_vector_of(const RvqEncodeParams& p, int64_t vector) {
+  if (p.dtype == DType::f32) {
+    finish_vector<float, kPieces, kPacked>(p, vector);
+  } else if (p.dtype == DType::f16) {
+    finish_vector<__half, kPieces, kPacked>(p, vector);
+  } else {
+    finish_vector<__nv_bfloat16, kPieces, kPacked>(p, vector);
+  }
+}
+
+// For few vectors: kBlocks blocks, a cluster, take one and share the codes. Also finishes those
+// that are late, be they few or those that exact_kernel took.
 template <int kBlocks, int kPieces, bool kPacked>
-__global__ void __launch_bounds__(kThreads) few_kernel(const ExactParams params) {
+__global__ void __launch_bounds__(kThreads, 2) few_kernel(const ExactParams params) {
   constexpr int kAtOnce = 16 / kPieces, kWarps = kThreads / 32;
   __shared__ float least[kWarps], of_block_least[2];
   __shared__ int found[kWarps], of_block_found[2];
@@ -57,8 +69,9 @@ __global__ void __launch_bounds__(kThreads) few_kernel(const ExactParams params)
   float* const residual = params.residuals + int64_t(blockIdx.x) * width;  // a copy for each block
   const int64_t count = params.late ? params.late[0] : p.n;
   if (params.late) let_next_begin();
-  if (count > kMostFew) return;
-  for (int64_t at = blockIdx.x / kBlocks; at < count; at += gridDim.x / kBlocks) {
+  const int64_t cluster = blockIdx.x / kBlocks, clusters = gridDim.x / kBlocks;
+  const int warp_of_cluster = blockIdx.x % kBlocks * kWarps + warp_id();
+  for (int64_t at = cluster; at < count && count <= kMostFew; at += clusters) {
     const int64_t vector = params.late ? params.late[2 + 2 * at] : at;
     const int from = params.late ? params.late[3 + 2 * at] : 0;
     int32_t* codes = p.codes + vector * p.n_stages;
@@ -74,8 +87,8 @@ __global__ void __launch_bounds__(kThreads) few_kernel(const ExactParams params)
       float best = kInfinity;
       int code = 0;
       __syncthreads();
-      const int share = (blockIdx.x % kBlocks) * kWarps + warp_id();
-      for (int first = share * kAtOnce; first < n_codes; first += kBlocks * kWarps * kAtOnce) {
+      for (int first = warp_of_cluster * kAtOnce; first < n_codes;
+           first += kBlocks * kWarps * kAtOnce) {
         float sum[kAtOnce] = {}, norm2[kAtOnce] = {};
         for (int column = 0; column < width; column += kPieces * kWalkColumns) {
           Columns<kPieces> e[kAtOnce], r;
@@ -123,15 +136,10 @@ __global__ void __launch_bounds__(kThreads) few_kernel(const ExactParams params)
       }
     }
     block_or_cluster_sync<kBlocks>();  // the others have read what this block found
-    if (!params.late || blockIdx.x % kBlocks != 0 || warp_id() != 0) continue;
-    // The kernel that finishes all others runs at the same time.
-    if (p.dtype == DType::f32) {
-      finish_vector<float, kPieces, false>(p, vector);
-    } else if (p.dtype == DType::f16) {
-      finish_vector<__half, kPieces, false>(p, vector);
-    } else {
-      finish_vector<__nv_bfloat16, kPieces, false>(p, vector);
-    }
+  }
+  const int64_t first = cluster + warp_of_cluster * clusters;
+  for (int64_t at = first; params.late && at < count; at += kBlocks * kWarps * clusters) {
+    finish_vector_of<kPieces, kPacked>(p, params.late[2 + 2 * at]);
   }
 }
 
@@ -271,8 +279,8 @@ int launch_few(const ExactParams& params, void* stream) {
 }  // namespace
 
 int encode_exact(const ExactParams& p, void* stream) {
-  // The one of the two kernels that the number of vectors is not for ends at once. The last lets
-  // encode_finish begin.
+  // The one of the two kernels that the number of vectors is not for does not look for codes. The
+  // last lets encode_finish begin.
   if (p.p.n > kMostFew) {
     exact_kernel<<<unsigned(p.n_blocks), kThreads, 0, cudaStream_t(stream)>>>(p);
   }

@@ -6,9 +6,9 @@
 // for float32 rounding. The few vectors with more candidates than a thread keeps are left to
 // encode_exact.
 //
-// Two blocks make a cluster; each loads half of the codes that both need. A block has three
-// warpgroups. One thread of the first keeps tiles of codes coming into a ring in shared memory. The
-// other two multiply, each for 64 vectors whose residuals it holds.
+// Two blocks make a cluster; each loads half of the codes that both need. One thread of a block's
+// first warpgroup keeps tiles of codes coming into a ring in shared memory. The two or three other
+// warpgroups multiply, each for 64 vectors whose residuals it holds.
 #pragma once
 
 #include "rvq/encode_hopper_residuals.cuh"
@@ -59,15 +59,16 @@ class Encoder : Residuals<kDepths, kWhole> {
   using Base::state_;
   using Base::t_;
   using Base::upper_;
-  static constexpr bool kTurns = kDepths > 2;
+  using Of = Shape<kDepths>;
+  static constexpr bool kTurns = Of::kGroups == 2;
 
  public:
   using Base::Base;
 
   __device__ void run() {
     if (kTurns && group_ == 1) named_barrier_arrive(1, 256);  // the first turn is the other's
-    for (int64_t first = first_pair(); first < p_.n; first += pair_stride()) {
-      const int in_pair = cluster_rank() * kRows + group_ * 64 + warp_id() % 4 * 16;
+    for (int64_t first = first_pair<kDepths>(); first < p_.n; first += pair_stride<kDepths>()) {
+      const int in_pair = cluster_rank() * Of::kRows + group_ * 64 + warp_id() % 4 * 16;
       load_rows(first + in_pair + lane_id() / 4);
       for (int stage = 0; stage < int(p_.n_stages); ++stage) {
         Best best[2][2];
@@ -91,14 +92,15 @@ class Encoder : Residuals<kDepths, kWhole> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) best[i / 2][i % 2].clear();
     const int n_tiles = int(t_.n_tiles);
-    // Looks at the scores of a tile, and calls between(i), i from 0 to 7, on the way.
-    const auto look_at = [&](int tile, const float (&sum)[64], auto between) {
+    for (int tile = 0; tile < n_tiles; ++tile) {
+      float sum[64];
+      multiply(sum);
+      end_multiply(sum);
       Best of_tile[2];
       of_tile[0].clear(), of_tile[1].clear();
       const float4* norms2 = s_.norms2[norm_tile_] + lane_id() % 4;
 #pragma unroll
       for (int j = 0; j < 16; j += 2) {
-        between(j / 2);
         const float4 four = norms2[2 * j];
         const float norm2[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -121,43 +123,10 @@ class Encoder : Residuals<kDepths, kWhole> {
         best[h][1] = best[h][0];
         best[h][0] = of_tile[h];
       }
-    };
-    const auto nothing = [](int) {};
-    if constexpr (kTurns) {
-      for (int tile = 0; tile < n_tiles; ++tile) {
-        float sum[64];
-        multiply(sum);
-        end_multiply(sum);
-        look_at(tile, sum, nothing);
-      }
-    } else {
-      float sum[64], other[64];
-      const auto meanwhile = [&](float (&next)[64]) {
-        return [&](int i) {
-          if (i % (2 / kDepths) == 0) multiply_part(next, i / (2 / kDepths));
-        };
-      };
-      multiply(sum);
-      int tile = 0;
-      for (; tile + 2 < n_tiles; tile += 2) {
-        end_multiply(sum);
-        look_at(tile, sum, meanwhile(other));
-        end_multiply(other);
-        look_at(tile + 1, other, meanwhile(sum));
-      }
-      end_multiply(sum);
-      if (tile + 1 < n_tiles) {
-        look_at(tile, sum, meanwhile(other));
-        end_multiply(other);
-        look_at(tile + 1, other, nothing);
-      } else {
-        look_at(tile, sum, nothing);
-      }
     }
   }
-  // Begins to multiply by the next tile. The warpgroups take turns, the next from the middle of
-  // the last on, so that one looks at its scores while the other multiplies; or, where there are
-  // registers for the sums of two tiles, each looks at one tile while it multiplies by the next.
+  // Begins to multiply by the next tile. Two warpgroups take turns, the next from the middle of the
+  // last on, so that one looks at its scores while the other multiplies; three need not be told.
   //
   // A product whose operand is in registers holds up the warp until the last but one is done. So
   // whatever else there is to do is done between products.
@@ -167,7 +136,7 @@ class Encoder : Residuals<kDepths, kWhole> {
     for (int i = 0; i < 4 * kDepths; ++i) {
       multiply_part(sum, i);
       if (kTurns && i == 2 * kDepths - 1) named_barrier_arrive(2 - group_, 256);
-      if (kTurns && i % 4 == 3 && i > 4) {
+      if (i % 4 == 3 && i > 4) {
         products_wait<1>();
         release(held_.index);
         held_.advance();
@@ -193,11 +162,8 @@ class Encoder : Residuals<kDepths, kWhole> {
     products_wait<0>();
 #pragma unroll
     for (int i = 0; i < 64; ++i) products_give(sum[i]);
-#pragma unroll
-    for (int depth = kTurns ? kDepths - 1 : 0; depth < kDepths; ++depth) {
-      release(held_.index);
-      held_.advance();
-    }
+    release(held_.index);
+    held_.advance();
   }
   __device__ void release(int slot) {
     __syncwarp();
@@ -302,7 +268,7 @@ class Encoder : Residuals<kDepths, kWhole> {
       other.template load<true>(codebook(stage) + int64_t(other_code) * width, 0, width);
     }
   }
-  using Row = Columns<(kDepths + 1) / 2>;
+  using Row = Columns<Of::kPieces>;
   __device__ float distance(int stage, int code, const Row& e, const Row& residual) const {
     if (moves()) {
       Row difference = residual;
@@ -318,19 +284,20 @@ class Encoder : Residuals<kDepths, kWhole> {
 };
 
 template <int kDepths, bool kWhole>
-__global__ void __launch_bounds__(kThreads, 1) SPARSEMOE_CLUSTER(2)
+__global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER(2)
     encode_kernel(const __grid_constant__ EncodeTilesParams params) {
 #if SPARSEMOE_HOPPER
+  using Of = Shape<kDepths>;
   extern __shared__ __align__(1024) unsigned char memory[];
   Shared<kDepths>& s = *reinterpret_cast<Shared<kDepths>*>(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(&s.full[i], 1);
-      barrier_init(&s.empty[i], 16);  // the multiplying warps of the cluster
+      barrier_init(&s.empty[i], 8 * Of::kGroups);  // the multiplying warps of the cluster
     }
     barriers_ready();
   }
-  for (int stage = warp_id(); stage < int(params.p.n_stages); stage += kThreads / 32) {
+  for (int stage = warp_id(); stage < int(params.p.n_stages); stage += Of::kThreads / 32) {
     const StageConstants* of = params.constants + int64_t(stage) * (params.n_parts + 1);
     StageConstants most{};
     for (int i = lane_id(); i < int(params.n_parts); i += 32) {
@@ -349,10 +316,10 @@ __global__ void __launch_bounds__(kThreads, 1) SPARSEMOE_CLUSTER(2)
   }
   cluster_sync();
   if (threadIdx.x < 128) {
-    registers_lower_to<kLoadRegisters>();
+    registers_lower_to<Of::kLoadRegisters>();
     if (threadIdx.x == 0) send_codes<kDepths>(params, s);
   } else {
-    registers_raise_to<kMultiplyRegisters>();
+    registers_raise_to<Of::kMultiplyRegisters>();
     Encoder<kDepths, kWhole>(params, s).run();
   }
   cluster_sync();  // nothing is on its way to a block that has ended
@@ -370,9 +337,10 @@ int encode_tiles(const EncodeTilesParams& params, void* stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return int(error);
+  constexpr int64_t kPair = 2 * Shape<kDepths>::kRows;
   const int64_t clusters =
-      std::min<int64_t>(ceil_div(p.n, 2 * kRows), std::max(multiprocessors() / 2, 1));
-  kernel<<<unsigned(2 * clusters), kThreads, bytes, cudaStream_t(stream)>>>(params);
+      std::min<int64_t>(ceil_div(p.n, kPair), std::max(multiprocessors() / 2, 1));
+  kernel<<<unsigned(2 * clusters), Shape<kDepths>::kThreads, bytes, cudaStream_t(stream)>>>(params);
   return int(cudaGetLastError());
 }
 

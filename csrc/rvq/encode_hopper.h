@@ -35,8 +35,8 @@ int encode_tiles(const EncodeTilesParams& p, void* stream);
 
 }  // namespace hopper
 
-// Every distance, in float32: of the vectors listed in `late`, from the stage listed there on, or
-// of all where `late` is null.
+// Every distance, in float32: of the vectors listed in `late`, from the stage listed there on,
+// which are finished too; or of all where `late` is null.
 struct ExactParams {
   RvqEncodeParams p;
   const int32_t* late;

@@ -42,7 +42,8 @@ class Residuals {
         column_(8 * (lane_id() % 4)) {}
 
  protected:
-  static constexpr int kBlocks = 2 * kDepths;  // of 32 columns
+  using Of = Shape<kDepths>;
+  static constexpr int kBlocks = Of::kBlocks, kChunk = Of::kChunk;
 
   __device__ int64_t row(int h) const { return first_row_ + 8 * h; }
   __device__ const float* codebook(int stage) const {
@@ -62,18 +63,17 @@ class Residuals {
   template <bool kBefore, class Fetch, class Element>
   __device__ void make(Fetch fetch, Element element, RowSums (&sums)[2]) {
     const int thread = threadIdx.x % 128;
-    constexpr int kOf = kBlocks < kChunk ? kBlocks : kChunk;
     auto next = fetch(0);
 #pragma unroll
-    for (int chunk = 0; chunk < kBlocks; chunk += kOf) {
+    for (int chunk = 0; chunk < kBlocks; chunk += kChunk) {
       if (kBefore) {
 #pragma unroll
-        for (int i = 0; i < 2 * kOf; ++i) {
+        for (int i = 0; i < 2 * kChunk; ++i) {
           store_shared(&s_.passing[group_][i / 2][i % 2][thread], upper_[2 * chunk + i]);
         }
       }
 #pragma unroll 1
-      for (int b = 0; b < kOf; b += 2) {
+      for (int b = 0; b < kChunk; b += 2) {
         const auto fetched = next;
         if (chunk + b + 2 < kBlocks) next = fetch(chunk + b + 2);
         float v[2][2][8];
@@ -86,7 +86,7 @@ class Residuals {
         for (int i = 0; i < 2; ++i) put(chunk + b + i, b + i, v[i], sums);
       }
 #pragma unroll
-      for (int i = 0; i < 2 * kOf; ++i) {
+      for (int i = 0; i < 2 * kChunk; ++i) {
         load_shared(&s_.passing[group_][i / 2][i % 2][thread], upper_[2 * chunk + i]);
       }
     }

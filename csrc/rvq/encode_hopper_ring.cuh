@@ -9,23 +9,33 @@
 namespace sparsemoe {
 namespace hopper {
 
-constexpr int kThreads = 384;
-constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;
-constexpr int kRows = 128, kStepBytes = int(kTileCodes * kTileDepth) * 2;
+// A thread of a multiplying warpgroup holds 16 * depths registers of residuals and 64 of sums: with
+// few depths there is room for a third warpgroup.
+template <int kDepths>
+struct Shape {
+  static constexpr int kGroups = kDepths <= 2 ? 3 : 2;
+  static constexpr int kThreads = 128 * (1 + kGroups), kRows = 64 * kGroups;
+  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = kGroups == 3 ? 160 : 240;
+  static constexpr int kBlocks = 2 * kDepths;               // of 32 columns
+  static constexpr int kChunk = kBlocks < 4 ? kBlocks : 4;  // so many of them are changed at a time
+  static constexpr int kPieces = (kDepths + 1) / 2;         // of 128 columns
+};
+constexpr int kStepBytes = int(kTileCodes * kTileDepth) * 2;
 constexpr int kSlots = 8;
-constexpr int kChunk = 4;           // blocks of 32 columns, by which residuals are changed
 constexpr float kMostNorm = 65000;  // of what is held in half precision
 constexpr float kRowScale = 4096;   // brings norms of 4 .. 8 to where half precision ends
 
-// Norms of tiles: of the two that the warpgroups look at, and of those that are in the ring.
+// Norms of tiles: of the one that a warpgroup looks at, and of those that are in the ring.
 template <int kDepths>
 constexpr int kNormTiles = (kSlots + kDepths - 1) / kDepths + 1;
 
 template <int kDepths>
 struct Shared {
+  using Of = Shape<kDepths>;
   uint16_t codes[kSlots][kTileCodes * kTileDepth];
-  uint4 low[2][2 * kDepths][128];    // [warpgroup][32 columns][thread]: eight bytes of each row
-  uint4 passing[2][kChunk][2][128];  // [warpgroup][32 columns][16 of them][thread]
+  uint4 low[Of::kGroups][Of::kBlocks]
+           [128];  // [warpgroup][32 columns][thread]: eight bytes of each row
+  uint4 passing[Of::kGroups][Of::kChunk][2][128];  // [warpgroup][32 columns][16 of them][thread]
   float4 norms2[kNormTiles<kDepths>][kTileCodes / 4];
   uint64_t full[kSlots], empty[kSlots];
   StageConstants constants[kMostStages];  // of all tiles of codes together
@@ -78,8 +88,14 @@ __device__ inline void product_128(float (&d)[64], const uint32_t (&a)[4], uint6
 }
 
 // The vectors of both blocks of a cluster, and those of all clusters.
-__device__ inline int64_t first_pair() { return int64_t(blockIdx.x / 2) * (2 * kRows); }
-__device__ inline int64_t pair_stride() { return int64_t(gridDim.x) * kRows; }
+template <int kDepths>
+__device__ inline int64_t first_pair() {
+  return int64_t(blockIdx.x / 2) * (2 * Shape<kDepths>::kRows);
+}
+template <int kDepths>
+__device__ inline int64_t pair_stride() {
+  return int64_t(gridDim.x) * Shape<kDepths>::kRows;
+}
 
 // Brings vectors to the L2, lest all blocks wait for device memory at the same time.
 __device__ inline void prefetch_rows(const EncodeTilesParams& t, int64_t first, int count) {
@@ -94,6 +110,7 @@ __device__ inline void prefetch_rows(const EncodeTilesParams& t, int64_t first, 
 
 template <int kDepths>
 __device__ void send_codes(const EncodeTilesParams& t, Shared<kDepths>& s) {
+  constexpr int kRows = Shape<kDepths>::kRows;
   constexpr uint32_t kNormBytes = 4 * kTileCodes;
   Place place;
   int norm_tile = 0;
@@ -101,12 +118,12 @@ __device__ void send_codes(const EncodeTilesParams& t, Shared<kDepths>& s) {
   const int half = cluster_rank() * (kStepBytes / 2);
   // The next vectors are fetched while the last eighth of the codes is sent.
   const int n_last = (steps + 7) / 8, rows_each = (kRows + n_last - 1) / n_last;
-  for (int64_t first = first_pair(); first < t.p.n; first += pair_stride()) {
+  for (int64_t first = first_pair<kDepths>(); first < t.p.n; first += pair_stride<kDepths>()) {
     const char* from = static_cast<const char*>(t.tiles) + half;
     for (int step = 0; step < steps; ++step, from += kStepBytes) {
       if (step >= steps - n_last) {
         const int done = (step - (steps - n_last)) * rows_each;
-        prefetch_rows(t, first + pair_stride() + cluster_rank() * kRows + done,
+        prefetch_rows(t, first + pair_stride<kDepths>() + cluster_rank() * kRows + done,
                       min(rows_each, kRows - done));
       }
       barrier_wait(&s.empty[place.index], place.phase ^ 1);

@@ -9,17 +9,18 @@ namespace hopper {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kSamples = 32;
+constexpr int kSamples = 4;    // of a warp
 constexpr float kFar = 1e30f;  // of codes that are not there
 
 // One block for each part of a tile of codes. Codes are moved by a center, which cancels in
 // differences of distances, and by a power of two to norms below 8, give or take: both from a
 // sample of the codes. Any center and scale is right; good ones keep the errors of the scores
-// small.
+// small. All that is read is asked for at once.
+template <int kMostWidth>
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const EncodeTilesParams params, const int depths) {
-  extern __shared__ float center[];  // [depths * 64]
-  __shared__ float sample_norm[kSamples], largest[kWarps][3];
+  __shared__ float center[kMostWidth], part_of_center[kWarps][kMostWidth];
+  __shared__ float largest[kWarps][3];
   const RvqEncodeParams& p = params.p;
   const int n_codes = int(p.n_codes), width = int(p.width), padded = depths * kTileDepth;
   const int part = blockIdx.x, stage = blockIdx.y, warp = warp_id(), lane = lane_id();
@@ -27,33 +28,52 @@ __global__ void __launch_bounds__(kThreads)
   const bool cosine = p.metric == Metric::cosine;
   if (part == 0 && stage == 0 && threadIdx.x == 0) params.late[0] = 0;
 
-  const int n_samples = min(n_codes, kSamples);
-  const auto sample = [&](int s) { return codebook + int64_t(s) * n_codes / n_samples * width; };
-  for (int s = warp; s < n_samples; s += kWarps) {
-    float sum = 0;
-    for (int d = 4 * lane; d < width; d += 128) sum += squares(load4<true>(sample(s), d, width));
-    sum = sqrtf(warp_sum(sum));
-    if (lane == 0) sample_norm[s] = cosine ? inverse_norm(sum) : 1.0f;
-  }
-  __syncthreads();
-  for (int d = threadIdx.x; d < padded; d += kThreads) {
-    float sum = 0;
-    for (int s = 0; s < n_samples && d < width; ++s) sum += sample_norm[s] * sample(s)[d];
-    sum /= n_samples;
-    center[d] = isfinite(sum) ? sum : 0.0f;
-  }
-  __syncthreads();
-  float most = 0, center_norm2 = 0;
-  for (int s = warp; s < n_samples; s += kWarps) {
-    float sum = 0;
-    for (int d = 4 * lane; d < width; d += 128) {
-      const float4 c = *reinterpret_cast<const float4*>(center + d);
-      sum += squares(sample_norm[s] * load4<true>(sample(s), d, width) - c);
+  // Of each code, lane l has columns 8 l .. 8 l + 7, and those 256 further.
+  constexpr int kOwn = kPartCodes / kWarps, kChunks = kMostWidth > 256 ? 2 : 1;
+  const int first = part * int(kPartCodes) + warp * kOwn;
+  float4 own[kOwn][kChunks][2];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const float* row = codebook + int64_t(min(first + i, n_codes - 1)) * width;
+#pragma unroll
+    for (int c = 0; c < 2 * kChunks; ++c) {
+      const float4 v = load4<true>(row, 256 * (c / 2) + 8 * lane + 4 * (c % 2), width);
+      own[i][c / 2][c % 2] = first + i < n_codes ? v : make_float4(0, 0, 0, 0);
     }
-    most = fmaxf(most, sqrtf(warp_sum(sum)));
   }
-  for (int d = lane; d < padded; d += 32) center_norm2 += center[d] * center[d];
-  center_norm2 = warp_sum(center_norm2);
+  const int n_samples = min(n_codes, kWarps * kSamples);
+  Columns<kMostWidth / kWalkColumns> sample[kSamples], sum;
+  sum.clear();
+#pragma unroll
+  for (int i = 0; i < kSamples; ++i) {
+    const int s = min(warp * kSamples + i, n_samples - 1);
+    sample[i].template load<true>(codebook + int64_t(s) * n_codes / n_samples * width, 0, width);
+  }
+#pragma unroll
+  for (int i = 0; i < kSamples; ++i) {
+    if (cosine) {
+      const float to_1 = inverse_norm(sqrtf(warp_sum(sample[i].sum_of_squares())));
+      sample[i].scale(to_1);
+    }
+    if (warp * kSamples + i < n_samples) sum.add(sample[i]);
+  }
+  sum.template store<true>(part_of_center[warp], 0, kMostWidth);
+  __syncthreads();
+  for (int d = threadIdx.x; d < kMostWidth; d += kThreads) {
+    float of_all = 0;
+    for (int w = 0; w < kWarps; ++w) of_all += part_of_center[w][d];
+    of_all /= n_samples;
+    center[d] = isfinite(of_all) ? of_all : 0.0f;
+  }
+  __syncthreads();
+  Columns<kMostWidth / kWalkColumns> middle;
+  middle.load_changing(center, 0, kMostWidth);
+  float most = 0, center_norm2 = warp_sum(middle.sum_of_squares());
+#pragma unroll
+  for (int i = 0; i < kSamples; ++i) {
+    sample[i].subtract(middle);
+    most = fmaxf(most, sqrtf(warp_sum(sample[i].sum_of_squares())));
+  }
   if (lane == 0) largest[warp][0] = most;
   __syncthreads();
   most = largest[0][0];
@@ -61,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = power_of_two_below_8(most);
   __syncthreads();
   if (2 * sqrtf(center_norm2) <= most) {  // little would be gained: none costs less
-    for (int d = threadIdx.x; d < padded; d += kThreads) center[d] = 0;
+    for (int d = threadIdx.x; d < kMostWidth; d += kThreads) center[d] = 0;
     center_norm2 = 0;
     __syncthreads();
   }
@@ -80,28 +100,30 @@ __global__ void __launch_bounds__(kThreads)
   uint16_t* const tiles =
       static_cast<uint16_t*>(params.tiles) +
       (int64_t(stage) * params.n_tiles + tile) * depths * kTileCodes * kTileDepth;
-  for (int i = 0; i < kPartCodes / kWarps; ++i) {
-    const int code = part * int(kPartCodes) + warp * int(kPartCodes / kWarps) + i;
-    const int in_tile = code % int(kTileCodes);
-    const float* row = codebook + int64_t(code) * width;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int code = first + i, in_tile = code % int(kTileCodes);
     float factor = scale;
     if (cosine && code < n_codes) {
       float sum = 0;
-      for (int d = 4 * lane; d < width; d += 128) sum += squares(load4<true>(row, d, width));
+#pragma unroll
+      for (int c = 0; c < 2 * kChunks; ++c) sum += squares(own[i][c / 2][c % 2]);
       const float norm = sqrtf(warp_sum(sum));
       if (lane == 0) params.norms[int64_t(stage) * n_codes + code] = norm;
       factor *= inverse_norm(norm);
     }
     float norm2 = 0, seen2 = 0, rounding2 = 0;
-    for (int chunk = lane; chunk < padded / 8; chunk += 32) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int chunk = 32 * c + lane;
+      if (chunk >= padded / 8) break;
       float4 v[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int d = 8 * chunk + 4 * j;
         v[j] = make_float4(0, 0, 0, 0);
         if (code < n_codes && d < width) {
-          v[j] = factor * load4<true>(row, d, width) -
-                 scale * *reinterpret_cast<const float4*>(center + d);
+          v[j] = factor * own[i][c][j] - scale * *reinterpret_cast<const float4*>(center + d);
         }
         norm2 += squares(v[j]);
       }
@@ -123,11 +145,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     norm2 = warp_sum(norm2), seen2 = warp_sum(seen2), rounding2 = warp_sum(rounding2);
     if (lane == 0) {
-      const float own = cosine ? 0.0f : norm2;
+      const float to_add = cosine ? 0.0f : norm2;
       // In fours, as lane c of four has them: 8 i + 2 c, the next, and both 8 further.
       const int place = in_tile / 16 * 16 + in_tile % 8 / 2 * 4 + in_tile / 8 % 2 * 2 + in_tile % 2;
       params.norms2[stage * params.n_padded + tile * kTileCodes + place] =
-          code < n_codes ? own : kFar;
+          code < n_codes ? to_add : kFar;
     }
     most_code = larger(most_code, sqrtf(seen2));
     most_rounding = larger(most_rounding, sqrtf(rounding2));
@@ -151,8 +173,10 @@ __global__ void __launch_bounds__(kThreads)
 
 int prepare_tiles(const EncodeTilesParams& params, int64_t depths, void* stream) {
   const dim3 grid(unsigned(params.n_parts), unsigned(params.p.n_stages));
-  prepare_kernel<<<grid, kThreads, depths * kTileDepth * 4, cudaStream_t(stream)>>>(params,
-                                                                                    int(depths));
+  const auto kernel = depths <= 2   ? prepare_kernel<128>
+                      : depths <= 4 ? prepare_kernel<256>
+                                    : prepare_kernel<kMostDepths * kTileDepth>;
+  kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(params, int(depths));
   return int(cudaGetLastError());
 }
 

@@ -98,6 +98,10 @@ struct Columns {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) v[i] = v[i] + scale * other.v[i];
   }
+  __device__ void scale(float by) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) v[i] = by * v[i];
+  }
   __device__ void subtract(const Columns& other) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) v[i] = v[i] - other.v[i];
