@@ -54,6 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="keep checkpoints, which may be large, in DIR (default: a folder in --out)",
     )
     add("--max-bytes", type=int, help="of held-out text to measure, about (default: all)")
+    add("--tries", type=int, default=0, help="measure also the best of so many tries of codes")
     add("--seed", type=int, default=0, help="of weights and data order (default: 0)")
     add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
     add("overrides", nargs="*", metavar="section.key=value", help="keys of the config")
@@ -80,6 +81,8 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the experiment; returns what metrics.json holds."""
     started = time.monotonic()
     config, out = make_config(args), Path(args.out)
+    if args.tries < 0:
+        raise ConfigError(f"--tries must be 0 or more, got {args.tries}")
     checkpoints = args.checkpoints and os.path.join(out.absolute(), args.checkpoints)
     train, held_out = load_data(config.data)
     print(f"{len(train):,} bytes to train on; {len(held_out):,} in other files held out")
@@ -91,7 +94,8 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     if config.train.minutes:
         seconds = config.train.minutes * 60
         measured = min(args.max_bytes or len(held_out), len(held_out))
-        deadline = started + seconds - _seconds_of_evaluation(trainer, measured, seconds)
+        aside = _seconds_of_evaluation(trainer, measured, seconds, args.tries)
+        deadline = started + seconds - aside
     with gentle_stop(trainer), make_progress() as trainer.progress:
         trainer.fit(deadline)
     if not trainer.model.quantizing:
@@ -99,11 +103,19 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
             f"step {trainer.step} is too early: less than model.unquantized_accuracy "
             f"({config.model.unquantized_accuracy}) of the bytes came back before quantization"
         )
-    result = evaluate_codec(
-        trainer.model, held_out, max_bytes=args.max_bytes, precision=trainer.precision
+    result, *searched = (
+        evaluate_codec(
+            trainer.model,
+            held_out,
+            max_bytes=args.max_bytes,
+            precision=trainer.precision,
+            tries=tries,
+        )
+        for tries in (0, args.tries)[: 1 + (args.tries > 0)]
     )
     metrics = {
         **result.to_dict(),
+        "searched": [found.to_dict() for found in searched],
         **others,
         "held_out_bytes": len(held_out),
         "held_out_files": len(held_out.names),
@@ -124,19 +136,27 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     print(
         f"\n{trainer.step:,} steps over {metrics['bytes_trained']:,} bytes in "
         f"{trainer.seconds:,.0f} s\n\n{format_evaluation(result, others)}\n\n"
-        f"{out / 'metrics.json'}, {plot}"
+        + "".join(f"{format_evaluation(found, others)}\n\n" for found in searched)
+        + f"{out / 'metrics.json'}, {plot}"
     )
     return metrics
 
 
-def _seconds_of_evaluation(trainer: Trainer, num_bytes: int, seconds: float) -> float:
+def _seconds_of_evaluation(trainer: Trainer, num_bytes: int, seconds: float, tries: int) -> float:
     """What to set aside of ``seconds`` for the evaluation and the plot: measured on a part, and a
     quarter at most."""
     part = min(16 * trainer.config.model.context, num_bytes)
     times = []
     for _ in range(2):  # the first warms up
         started = time.monotonic()
-        evaluate_codec(trainer.model, trainer.held_out, max_bytes=part, precision=trainer.precision)
+        for each in {0, tries}:
+            evaluate_codec(
+                trainer.model,
+                trainer.held_out,
+                max_bytes=part,
+                precision=trainer.precision,
+                tries=each,
+            )
         times.append(time.monotonic() - started)
     return min(1.3 * min(times) * num_bytes / part + 5.0, seconds / 4)
 

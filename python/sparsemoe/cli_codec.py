@@ -84,6 +84,13 @@ def _add_eval(actions: Any) -> None:
         help="files and folders, all of them (default: the files held out in training)",
     )
     parser.add_argument("--max-bytes", type=int, help="about how many to measure (default: all)")
+    parser.add_argument(
+        "--tries",
+        type=int,
+        default=0,
+        help="look so many times for codes that decode better where bytes come back wrong; each\n"
+        "costs as much as decoding (default: 0)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_device(parser)
 
@@ -93,10 +100,12 @@ def run_eval(args: argparse.Namespace) -> None:
     from sparsemoe.evaluate import evaluate_codec
     from sparsemoe.evaluate.codec_report import compressors, format_evaluation
     from sparsemoe.train.checkpoint import CheckpointError
-    from sparsemoe.train.config import CodecRunConfig, load_data
+    from sparsemoe.train.config import CodecRunConfig, ConfigError, load_data
     from sparsemoe.train.device import choose_device, choose_precision
     from sparsemoe.train.trainer import load_model
 
+    if args.tries < 0:
+        raise ConfigError(f"--tries must be 0 or more, got {args.tries}")
     device = choose_device(args.device)
     model, config = load_model(args.checkpoint, device, CodecRunConfig)
     if not model.quantizing:
@@ -106,7 +115,9 @@ def run_eval(args: argparse.Namespace) -> None:
     else:
         corpus = load_data(config.data)[1]
     precision = choose_precision(config.train.precision, device)
-    result = evaluate_codec(model, corpus, max_bytes=args.max_bytes, precision=precision)
+    result = evaluate_codec(
+        model, corpus, max_bytes=args.max_bytes, precision=precision, tries=args.tries
+    )
     others = compressors(corpus)
     if args.json:
         print(json.dumps({**result.to_dict(), "precision": precision, **others}))

@@ -26,7 +26,7 @@ def arguments(tmp_path, monkeypatch) -> list[str]:
 
 
 def test_writes_figures_and_no_checkpoint(arguments, tmp_path, capsys):
-    assert main([*arguments, "--compression_ratio", "4", *TRAIN]) == 0
+    assert main([*arguments, "--compression_ratio", "4", "--tries", "2", *TRAIN]) == 0
     out = tmp_path / "out"
     names = sorted(p.name for p in out.iterdir())
     assert names == ["metrics.json", "metrics.jsonl", "plot.png"]
@@ -35,8 +35,11 @@ def test_writes_figures_and_no_checkpoint(arguments, tmp_path, capsys):
     assert metrics["bytes"] == metrics["held_out_bytes"] > 0
     assert [s["stages"] for s in metrics["stages"]] == [1, 2]
     assert metrics["stages"][1]["total_bits"] > 0 and metrics["xz_bits_per_byte"] > 0
+    (searched,) = metrics["searched"]
+    assert searched["tries"] == 2 and searched["bytes"] == metrics["bytes"]
+    assert searched["stages"][1]["byte_accuracy"] >= metrics["stages"][1]["byte_accuracy"]
     text = capsys.readouterr().out
-    for part in ("bytes right", "xz -9", "1 stage ", "out/plot.png"):
+    for part in ("bytes right", "the best of 2 tries", "xz -9", "1 stage ", "out/plot.png"):
         assert part in text, part
 
 
@@ -58,6 +61,7 @@ def test_a_run_that_ends_too_early_says_so(arguments, capsys):
 def test_mistakes_are_one_line(arguments, capsys):
     for extra, message in (
         (["--compression_ratio", "3"], "compression_ratio is 3"),
+        (["--tries", "-1"], "--tries must be 0 or more, got -1"),
         (["model.code_dims=3"], "nearest known key is model.code_dim"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
     ):

@@ -49,6 +49,7 @@ class CodecEvaluation:
     """What was measured, and on how much.
 
     entropy, perplexity, usage  of each stage's codes: bits a code, 2^entropy, share of the codebook
+    tries                       of codes where bytes came back wrong
     context                     bytes a window: each begins where the last ended, across files
     """
 
@@ -57,6 +58,7 @@ class CodecEvaluation:
     windows: int
     context: int
     compression_ratio: int
+    tries: int
     entropy: list[float]
     perplexity: list[float]
     usage: list[float]
@@ -75,12 +77,14 @@ def evaluate_codec(
     max_bytes: int | None = None,
     batch_size: int = 16,
     precision: str = "float32",
+    tries: int = 0,
 ) -> CodecEvaluation:
     """Encodes and decodes a corpus in windows of ``model.config.context`` bytes, each byte once.
 
     stages     decode from so many stages; default: from 1, 2, ... and all
     max_bytes  about how many bytes, in windows spread evenly; default: all
     precision  float32 or bfloat16 (autocast)
+    tries      as of Codec.encode
     """
     config = model.config
     stages = range(1, config.num_quantization_stages + 1) if stages is None else stages
@@ -103,7 +107,7 @@ def evaluate_codec(
         num_bytes, num_patches = num_bytes + int(valid.sum()), num_patches + int(patch_valid.sum())
         valid = valid.to(device)
         with autocast(device, precision), not_compiled():
-            codes = model.encode(tokens)
+            codes = model.encode(tokens, tries)
             counts += _counts(codes, patch_valid.to(device), config.codebook_size)
             for n in stages:
                 logits = model.decode(codes[..., :n])
@@ -116,6 +120,7 @@ def evaluate_codec(
         *total,
         config.context,
         config.compression_ratio,
+        tries,
         entropy,
         usage.perplexity().tolist(),
         usage.used_share().tolist(),

@@ -30,7 +30,8 @@ def format_evaluation(result: CodecEvaluation, others: Compressors) -> str:
     ratio, all_stages = result.compression_ratio, len(result.entropy)
     lines = [
         f"{result.bytes:,} bytes in {result.windows:,} windows of {result.context:,}, each by "
-        f"itself; {ratio} bytes a patch, {all_stages} codes a patch",
+        f"itself; {ratio} bytes a patch, {all_stages} codes a patch"
+        + (f", the best of {result.tries} tries where bytes came back wrong" * (result.tries > 0)),
         "",
         "decoded from                  " + "".join(f"{_name(s.stages):>12}" for s in result.stages),
     ]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsemoe.models.vyra.codec_config import NUM_BYTES, CodecConfig
+from sparsemoe.models.vyra.codec_search import search_codes
 from sparsemoe.models.vyra.layers import Block, CausalConv
 from sparsemoe.nn import Quantized, ResidualVQ
 
@@ -211,9 +212,18 @@ class Codec(nn.Module):
         self.quantizer.embed_sum /= len(latents)
         self.quantizing = True
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Codes [B, P, Q] int32 of bytes [B, L]; ValueError where L does not fit, as in forward."""
-        return self.quantizer.encode(self.encoder(self._checked(tokens)))
+    def encode(self, tokens: Tensor, tries: int = 0) -> Tensor:
+        """Codes [B, P, Q] int32 of bytes [B, L]; ValueError where L does not fit, as in forward.
+
+        tries  look so many times for codes that decode better where bytes come back wrong
+               (:func:`~sparsemoe.models.vyra.codec_search.search_codes`); each costs as much as
+               decoding; ValueError below 0
+        """
+        if tries < 0:
+            raise ValueError(f"tries must be 0 or more, got {tries}")
+        latents = self.encoder(self._checked(tokens))
+        codes = self.quantizer.encode(latents)
+        return search_codes(self, tokens, latents, codes, tries) if tries else codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Logits [B, L, 256] from codes [B, P, Q'], of the first Q' stages."""
