@@ -30,6 +30,10 @@ __device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
 __device__ inline void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+__device__ inline void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
 // Arrives, and lets the phase wait for so many bytes from the TMA.
 __device__ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
   asm volatile(

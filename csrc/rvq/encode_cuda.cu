@@ -19,18 +19,18 @@ bool for_hopper(const RvqEncodeParams& p, const RvqEncodeSpace& space) {
          p.n_stages <= kMostStages && p.n < INT32_MAX;
 }
 
-int tiles_of(int64_t depths, const hopper::EncodeTilesParams& t, void* stream) {
+int tiles_of(int64_t depths, const hopper::EncodeTilesParams& t, int64_t* known, void* stream) {
   switch (depths) {
     case 1:
-      return hopper::encode_tiles<1>(t, stream);
+      return hopper::encode_tiles<1>(t, known, stream);
     case 2:
-      return hopper::encode_tiles<2>(t, stream);
+      return hopper::encode_tiles<2>(t, known, stream);
     case 4:
-      return hopper::encode_tiles<4>(t, stream);
+      return hopper::encode_tiles<4>(t, known, stream);
     case 6:
-      return hopper::encode_tiles<6>(t, stream);
+      return hopper::encode_tiles<6>(t, known, stream);
     default:
-      return hopper::encode_tiles<8>(t, stream);
+      return hopper::encode_tiles<8>(t, known, stream);
   }
 }
 
@@ -40,7 +40,8 @@ int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
   const RvqEncodeSpace space(p);
   char* const base = static_cast<char*>(p.workspace);
   ExactParams exact{p, nullptr, reinterpret_cast<float*>(base + space.residuals), space.n_blocks};
-  if (p.n_stages == 0) return encode_finish(p, false, stream);
+  int64_t finished = 0;
+  if (p.n_stages == 0) return encode_finish(p, 0, p.n, false, stream);
   if (for_hopper(p, space)) {
     hopper::EncodeTilesParams t;
     t.p = p, t.n_tiles = space.n_tiles, t.n_parts = space.n_parts, t.n_padded = space.n_padded;
@@ -52,12 +53,13 @@ int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
     t.constants = reinterpret_cast<hopper::StageConstants*>(base + space.constants);
     t.late = reinterpret_cast<int32_t*>(base + space.late);
     int error = hopper::prepare_tiles(t, space.n_depths, stream);
-    if (error == 0) error = tiles_of(space.n_depths, t, stream);
+    if (error == 0) error = tiles_of(space.n_depths, t, &finished, stream);
+    if (error == 0 && finished > 0) error = encode_finish(p, 0, finished, true, stream);
     if (error != 0) return error;
     exact.late = t.late;
   }
   const int error = encode_exact(exact, stream);
-  return error ? error : encode_finish(p, exact.late != nullptr, stream);
+  return error ? error : encode_finish(p, finished, p.n, exact.late != nullptr, stream);
 }
 
 }  // namespace sparsemoe

@@ -29,9 +29,10 @@ struct EncodeTilesParams {
 constexpr int32_t kNotYet = -1;  // in place of the codes that are left to others
 
 int prepare_tiles(const EncodeTilesParams& p, int64_t depths, void* stream);
-// kDepths * 64 columns at most.
+// kDepths * 64 columns at most. The codes of vectors before `*known` are known, or are kNotYet,
+// when the next kernel may begin.
 template <int kDepths>
-int encode_tiles(const EncodeTilesParams& p, void* stream);
+int encode_tiles(const EncodeTilesParams& p, int64_t* known, void* stream);
 
 }  // namespace hopper
 

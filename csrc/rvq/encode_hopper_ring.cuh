@@ -37,8 +37,9 @@ struct Shared {
            [128];  // [warpgroup][32 columns][thread]: eight bytes of each row
   uint4 passing[Of::kGroups][Of::kChunk][2][128];  // [warpgroup][32 columns][16 of them][thread]
   float4 norms2[kNormTiles<kDepths>][kTileCodes / 4];
-  uint64_t full[kSlots], empty[kSlots];
-  StageConstants constants[kMostStages];  // of all tiles of codes together
+  uint64_t full[kSlots], empty[kSlots], last_round;
+  uint64_t norms_read[kNormTiles<kDepths>];  // by every thread: racecheck follows nothing less
+  StageConstants constants[kMostStages];     // of all tiles of codes together
   float scale[kMostStages];
 };
 
@@ -97,6 +98,12 @@ __device__ inline int64_t pair_stride() {
   return int64_t(gridDim.x) * Shape<kDepths>::kRows;
 }
 
+template <int kDepths>
+__device__ inline bool is_last_but_one(int64_t first, int64_t n) {
+  const int64_t next = first + pair_stride<kDepths>();
+  return next < n && next + pair_stride<kDepths>() >= n;
+}
+
 // Brings vectors to the L2, lest all blocks wait for device memory at the same time.
 __device__ inline void prefetch_rows(const EncodeTilesParams& t, int64_t first, int count) {
   const int64_t element = t.p.dtype == DType::f32 ? 4 : 2, bytes = t.p.width * element / 16 * 16;
@@ -114,6 +121,7 @@ __device__ void send_codes(const EncodeTilesParams& t, Shared<kDepths>& s) {
   constexpr uint32_t kNormBytes = 4 * kTileCodes;
   Place place;
   int norm_tile = 0;
+  uint32_t norm_phase = 1;
   const int steps = int(t.p.n_stages * t.n_tiles) * kDepths;
   const int half = cluster_rank() * (kStepBytes / 2);
   // The next vectors are fetched while the last eighth of the codes is sent.
@@ -130,9 +138,10 @@ __device__ void send_codes(const EncodeTilesParams& t, Shared<kDepths>& s) {
       const bool begins = step % kDepths == 0;
       barrier_arrive_expecting(&s.full[place.index], kStepBytes + (begins ? kNormBytes : 0));
       if (begins) {
+        barrier_wait(&s.norms_read[norm_tile], norm_phase);
         copy_bulk(s.norms2[norm_tile], t.norms2 + step / kDepths * kTileCodes, kNormBytes,
                   &s.full[place.index]);
-        if (++norm_tile == kNormTiles<kDepths>) norm_tile = 0;
+        if (++norm_tile == kNormTiles<kDepths>) norm_tile = 0, norm_phase ^= 1;
       }
       copy_bulk_to_both(reinterpret_cast<char*>(s.codes[place.index]) + half, from, kStepBytes / 2,
                         &s.full[place.index]);

@@ -12,13 +12,13 @@ class Codes {
   __device__ Codes(const int32_t* codes, int n_stages) : codes_(codes), n_(n_stages) {}
   __device__ int at(int stage) {
     if (stage % 32 == 0) {
-      held_ = stage + lane_id() < n_ ? codes_[stage + lane_id()] : -1;
+      held_ = stage + lane_id() < n_ ? __ldcg(codes_ + stage + lane_id()) : -1;
     }
     return __shfl_sync(kFullWarp, held_, stage % 32);
   }
   // Whether any of the first 32 is negative.
   __device__ bool not_yet() const {
-    return __any_sync(kFullWarp, lane_id() < n_ && codes_[lane_id()] < 0);
+    return __any_sync(kFullWarp, lane_id() < n_ && __ldcg(codes_ + lane_id()) < 0);
   }
 
  private:

@@ -4,8 +4,9 @@
 
 namespace sparsemoe {
 
-// Quantized and errors, the codes being known; but with `early` negative ones are left out, and the
-// kernel may begin before the last one has ended.
-int encode_finish(const RvqEncodeParams& p, bool early, void* stream);
+// Quantized and errors of the vectors from `begin` to `end`, the codes being known; but with
+// `early` vectors with negative ones are left out, and the kernel may begin before the last one has
+// ended.
+int encode_finish(const RvqEncodeParams& p, int64_t begin, int64_t end, bool early, void* stream);
 
 }  // namespace sparsemoe

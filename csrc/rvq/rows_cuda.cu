@@ -10,13 +10,15 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// With `early`, the kernel before may still look for the codes of some vectors, and finishes those.
+// With `early`, the kernel before may still look for the codes of some vectors, which it or a later
+// one finishes. One block waits for it; the others make room.
 template <class T, int kPieces, bool kPacked>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const RvqEncodeParams p, bool early) {
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const RvqEncodeParams p, int64_t begin, int64_t end, bool early) {
   if (!early) wait_for_previous();
-  const int64_t row = blockIdx.x * int64_t(kWarps) + warp_id();
-  if (row < p.n) finish_vector<T, kPieces, kPacked>(p, row);
-  wait_for_previous();
+  const int64_t row = begin + blockIdx.x * int64_t(kWarps) + warp_id();
+  if (row < end) finish_vector<T, kPieces, kPacked>(p, row);
+  if (blockIdx.x + 1 == gridDim.x) wait_for_previous();
 }
 
 template <class T, int kPieces, bool kPacked>
@@ -84,7 +86,8 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const RvqDecodeParams 
 
 }  // namespace
 
-int encode_finish(const RvqEncodeParams& p, bool early, void* stream) {
+int encode_finish(const RvqEncodeParams& p, int64_t begin, int64_t end, bool early, void* stream) {
+  if (end <= begin) return 0;
   return with_cuda_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool packed = packs_of_4<T>(p.x, p.width, p.x_stride) &&
@@ -94,8 +97,8 @@ int encode_finish(const RvqEncodeParams& p, bool early, void* stream) {
       constexpr int kPieces = decltype(pieces)::value;
       const auto kernel =
           packed ? finish_kernel<T, kPieces, true> : finish_kernel<T, kPieces, false>;
-      return launch_early(kernel, dim3(unsigned(ceil_div(p.n, kWarps))), kThreads, 0, stream, p,
-                          early);
+      const dim3 grid(unsigned(ceil_div(end - begin, kWarps)));
+      return launch_early(kernel, grid, kThreads, 0, stream, p, begin, end, early);
     });
   });
 }
