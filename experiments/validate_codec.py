@@ -132,7 +132,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         "config": to_dict(config),
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    plot = plot_codec(out / "plot.png", result, trainer.records, others)
+    plot = plot_codec(out / "plot.png", result, trainer.records, others, searched)
     print(
         f"\n{trainer.step:,} steps over {metrics['bytes_trained']:,} bytes in "
         f"{trainer.seconds:,.0f} s\n\n{format_evaluation(result, others)}\n\n"

@@ -243,7 +243,8 @@ def test_more_than_2_to_the_31_elements():
     codebooks = codebooks_for(2, 16, 64, "cuda")
     found = rvq.encode(x, codebooks)
     for part in (slice(0, 1000), slice(n - 1000, n)):
-        expected = check(x[part], codebooks)
-        assert all(torch.equal(a[part], b) for a, b in zip(found, expected, strict=True))
+        check(x[part], codebooks)
+        expected = rvq.encode(x[part].repeat(3, 1), codebooks)  # enough for the kernels for many
+        assert all(torch.equal(a[part], b[:1000]) for a, b in zip(found, expected, strict=True))
     quantized = rvq.decode(found.codes, codebooks.bfloat16())
     close(quantized[-1000:], rvq.decode(found.codes[-1000:], codebooks.bfloat16()))

@@ -72,14 +72,23 @@ def _row(values: Sequence[float] | range, form: str) -> str:
 
 
 def plot_codec(
-    path: str | Path, result: CodecEvaluation, records: Records, others: Compressors
+    path: str | Path,
+    result: CodecEvaluation,
+    records: Records,
+    others: Compressors,
+    searched: Sequence[CodecEvaluation] = (),
 ) -> Path:
-    """Writes a PNG: rate against distortion over the stages, and accuracy over training time."""
+    """Writes a PNG: rate against distortion over the stages, and errors over training time.
+    ``searched``: more evaluations, of codes that were tried."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
     (errors, bits), (accuracy, usage) = figure.subplots(2, 2)
     rate = [s.code_bits for s in result.stages]
-    errors.semilogy(rate, [max(1 - s.byte_accuracy, 1e-6) for s in result.stages], marker="o")
+    for each in (result, *searched):
+        wrong = [max(1 - s.byte_accuracy, 1e-6) for s in each.stages]
+        label = f"best of {each.tries} tries" if each.tries else "nearest codes"
+        errors.semilogy([s.code_bits for s in each.stages], wrong, marker="o", label=label)
+    errors.legend()
     errors.set_ylabel("share of bytes wrong")
     errors.set_title("rate and distortion, 1 stage to all")
     bits.plot(rate, [s.reconstruction_bits for s in result.stages], marker="o", label="given codes")
@@ -105,9 +114,14 @@ def plot_codec(
 def _plot_training(accuracy: Any, usage: Any, records: Records) -> None:
     training = [r for r in records if "byte_accuracy" in r]
     held_out = [r for r in records if "validation_byte_accuracy" in r]
-    _plot_over_time(accuracy, training, "byte_accuracy", label="training")
-    _plot_over_time(accuracy, held_out, "validation_byte_accuracy", label="held-out", marker="o")
-    accuracy.set_ylabel("share of bytes right")
+    for records, key, style in (
+        (training, "byte_accuracy", {"label": "training"}),
+        (held_out, "validation_byte_accuracy", {"label": "held-out", "marker": "o"}),
+    ):
+        wrong = [{**r, "wrong": max(1 - r[key], 1e-6)} for r in records]
+        _plot_over_time(accuracy, wrong, "wrong", **style)
+    accuracy.set_yscale("log")
+    accuracy.set_ylabel("share of bytes wrong")
     accuracy.legend()
     quantized = [r for r in training if "perplexity" in r]
     for stage in range(len(quantized[0]["perplexity"]) if quantized else 0):
