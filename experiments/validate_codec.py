@@ -144,7 +144,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _seconds_of_evaluation(trainer: Trainer, num_bytes: int, seconds: float, tries: int) -> float:
     """What to set aside of ``seconds`` for the evaluation and the plot: measured on a part, and a
-    quarter at most."""
+    quarter at most, or a half with tries."""
     part = min(16 * trainer.config.model.context, num_bytes)
     times = []
     for _ in range(2):  # the first warms up
@@ -158,7 +158,8 @@ def _seconds_of_evaluation(trainer: Trainer, num_bytes: int, seconds: float, tri
                 tries=each,
             )
         times.append(time.monotonic() - started)
-    return min(1.3 * min(times) * num_bytes / part + 5.0, seconds / 4)
+    most = seconds / (2 if tries else 4)
+    return min(1.3 * min(times) * num_bytes / part + 5.0, most)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

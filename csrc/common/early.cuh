@@ -38,7 +38,7 @@ struct LoadThroughL2 {
   }
 };
 
-// Launches a kernel every block of which calls wait_for_previous().
+// Launches a kernel of which at least one block calls wait_for_previous(): it has not ended before.
 template <class... Parameters, class... Arguments>
 int launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                  void* stream, Arguments&&... arguments) {

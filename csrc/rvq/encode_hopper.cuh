@@ -1,4 +1,5 @@
-// Encoding on Hopper's tensor cores: all stages of 128 vectors a block, in one launch.
+// Encoding on Hopper's tensor cores: all stages of 128 or 192 vectors a block at a time, in one
+// launch.
 //
 // The score of a code, |e|^2 - 2 r.e, is computed from half-precision residuals and codes with an
 // error that is bounded for each vector. Codes within twice that bound of the best are candidates;
@@ -80,7 +81,7 @@ class Encoder : Residuals<kDepths, kWhole> {
       }
       if (is_last_but_one<kDepths>(first, p_.n) && lane_id() == 0) {
         __threadfence();
-        barrier_arrive_at(&s_.last_round, cluster_rank());
+        barrier_arrive(&s_.last_round);
       }
     }
     if (kTurns && group_ == 0) named_barrier(1, 256);
@@ -331,6 +332,7 @@ __global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER
       if (first_pair<kDepths>() + pair_stride<kDepths>() < params.p.n) {
         barrier_wait(&s.last_round, 0);
       }
+      __threadfence();
       let_next_begin();
     }
   } else {

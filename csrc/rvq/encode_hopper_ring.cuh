@@ -37,8 +37,9 @@ struct Shared {
            [128];  // [warpgroup][32 columns][thread]: eight bytes of each row
   uint4 passing[Of::kGroups][Of::kChunk][2][128];  // [warpgroup][32 columns][16 of them][thread]
   float4 norms2[kNormTiles<kDepths>][kTileCodes / 4];
-  uint64_t full[kSlots], empty[kSlots], last_round;
-  uint64_t norms_read[kNormTiles<kDepths>];  // by every thread: racecheck follows nothing less
+  uint64_t full[kSlots], empty[kSlots];
+  uint64_t norms_read[kNormTiles<kDepths>];  // norms2 may be overwritten; all threads arrive
+  uint64_t last_round;                       // the multiplying warps have begun it
   StageConstants constants[kMostStages];     // of all tiles of codes together
   float scale[kMostStages];
 };

@@ -19,7 +19,7 @@ constexpr float kFar = 1e30f;  // of codes that are not there
 template <int kMostWidth>
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const EncodeTilesParams params, const int depths) {
-  __shared__ float center[kMostWidth], part_of_center[kWarps][kMostWidth];
+  __shared__ __align__(16) float center[kMostWidth], part_of_center[kWarps][kMostWidth];
   __shared__ float largest[kWarps][3];
   const RvqEncodeParams& p = params.p;
   const int n_codes = int(p.n_codes), width = int(p.width), padded = depths * kTileDepth;

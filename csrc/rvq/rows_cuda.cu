@@ -11,7 +11,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 // With `early`, the kernel before may still look for the codes of some vectors, which it or a later
-// one finishes. One block waits for it; the others make room.
+// one finishes. Only the last block waits for it: others may have to run where those have run.
 template <class T, int kPieces, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const RvqEncodeParams p, int64_t begin, int64_t end, bool early) {

