@@ -2,6 +2,7 @@
 
 from sparsemoe.models.vyra import CodecConfig
 from sparsemoe.train.config import CodecRunConfig, DataConfig, TrainConfig
+from tests.tiny_lm import TRAIN
 
 SIZES = {
     "context": 64,
@@ -25,14 +26,5 @@ def tiny_codec(**changes) -> CodecConfig:
 
 
 def tiny_codec_run(model: dict | None = None, **train) -> CodecRunConfig:
-    settings = {
-        "steps": 8,
-        "batch_size": 4,
-        "warmup_steps": 2,
-        "log_every": 2,
-        "validate_every": 0,
-        "device": "cpu",
-        "precision": "float32",
-        **train,
-    }
-    return CodecRunConfig(tiny_codec(**(model or {})), DataConfig(), TrainConfig(**settings))
+    settings = TrainConfig(**{**TRAIN, **train})
+    return CodecRunConfig(tiny_codec(**(model or {})), DataConfig(), settings)

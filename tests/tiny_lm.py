@@ -19,6 +19,23 @@ SIZES = {
     "expert_size": 16,
     "dense_size": 32,
 }
+TRAIN = {
+    "steps": 8,
+    "batch_size": 4,
+    "warmup_steps": 2,
+    "log_every": 2,
+    "validate_every": 0,
+    "device": "cpu",
+    "precision": "float32",
+}
+SHORT = [  # of a command
+    "train.steps=6",
+    "train.batch_size=2",
+    "train.log_every=2",
+    "train.validate_every=0",
+    "train.device=cpu",
+    "data.held_out=0.2",
+]
 OVERRIDES = [f"model.{name}={size}" for name, size in SIZES.items()]
 
 
@@ -27,17 +44,8 @@ def tiny_model(**changes) -> MoELMConfig:
 
 
 def tiny_run(model: dict | None = None, **train) -> RunConfig:
-    settings = {
-        "steps": 8,
-        "batch_size": 4,
-        "warmup_steps": 2,
-        "log_every": 2,
-        "validate_every": 0,
-        "device": "cpu",
-        "precision": "float32",
-        **train,
-    }
-    return RunConfig(tiny_model(**(model or {})), DataConfig(), TrainConfig(**settings))
+    settings = TrainConfig(**{**TRAIN, **train})
+    return RunConfig(tiny_model(**(model or {})), DataConfig(), settings)
 
 
 @pytest.fixture(autouse=True)

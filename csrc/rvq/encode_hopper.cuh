@@ -134,35 +134,26 @@ class Encoder : Residuals<kDepths, kWhole> {
   }
   // Begins to multiply by the next tile. Two warpgroups take turns, the next from the middle of the
   // last on, so that one looks at its scores while the other multiplies; three need not be told.
-  //
-  // A product whose operand is in registers holds up the warp until the last but one is done. So
-  // whatever else there is to do is done between products.
   __device__ void multiply(float (&sum)[64]) {
     if (kTurns) named_barrier(1 + group_, 256);
+    held_ = place_;
+    barrier_wait(&s_.full[place_.index], place_.phase);
 #pragma unroll
     for (int i = 0; i < 4 * kDepths; ++i) {
-      multiply_part(sum, i);
+      if (i % 4 == 0) products_begin();
+      const uint64_t b = matrix_descriptor(s_.codes[place_.index], 16, 1024);
+      product_128(sum, upper_[i], b + 2 * (i % 4), i > 0);
+      if (i % 4 == 3) {
+        products_commit();
+        place_.advance();
+        if (i + 1 < 4 * kDepths) barrier_wait(&s_.full[place_.index], place_.phase);
+      }
       if (kTurns && i == 2 * kDepths - 1) named_barrier_arrive(2 - group_, 256);
       if (i % 4 == 3 && i > 4) {
         products_wait<1>();
         release(held_.index);
         held_.advance();
       }
-    }
-  }
-  // Product i of 4 * kDepths.
-  __device__ void multiply_part(float (&sum)[64], int i) {
-    if (i == 0) {
-      held_ = place_;
-      barrier_wait(&s_.full[place_.index], place_.phase);
-    }
-    if (i % 4 == 0) products_begin();
-    const uint64_t b = matrix_descriptor(s_.codes[place_.index], 16, 1024);
-    product_128(sum, upper_[i], b + 2 * (i % 4), i > 0);
-    if (i % 4 == 3) {
-      products_commit();
-      place_.advance();
-      if (i + 1 < 4 * kDepths) barrier_wait(&s_.full[place_.index], place_.phase);
     }
   }
   __device__ void end_multiply(float (&sum)[64]) {

@@ -33,8 +33,8 @@ template <int kDepths>
 struct Shared {
   using Of = Shape<kDepths>;
   uint16_t codes[kSlots][kTileCodes * kTileDepth];
-  uint4 low[Of::kGroups][Of::kBlocks]
-           [128];  // [warpgroup][32 columns][thread]: eight bytes of each row
+  // eight bytes of each row: [warpgroup][32 columns][thread]
+  uint4 low[Of::kGroups][Of::kBlocks][128];
   uint4 passing[Of::kGroups][Of::kChunk][2][128];  // [warpgroup][32 columns][16 of them][thread]
   float4 norms2[kNormTiles<kDepths>][kTileCodes / 4];
   uint64_t full[kSlots], empty[kSlots];

@@ -15,6 +15,7 @@ from sparsemoe.cli_codec import add_codec
 from sparsemoe.cli_run import (
     add_checkpoint,
     add_device,
+    add_files,
     add_run,
     command,
     overrides_help,
@@ -192,12 +193,7 @@ def _add_evaluate(commands: Any) -> None:
         "that a byte cost, beside what xz -9 needs for the same bytes.",
     )
     add_checkpoint(parser)
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        help="files and folders, all of them (default: the files held out in training)",
-    )
+    add_files(parser)
     parser.add_argument("--max-bytes", type=int, help="about how many to predict (default: all)")
     parser.add_argument(
         "--overlap", type=int, help="least context of a prediction (default: half the context)"

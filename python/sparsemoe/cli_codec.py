@@ -9,6 +9,7 @@ from typing import Any
 from sparsemoe.cli_run import (
     add_checkpoint,
     add_device,
+    add_files,
     add_run,
     command,
     overrides_help,
@@ -77,12 +78,7 @@ def _add_eval(actions: Any) -> None:
         "bits the codes and the rest cost, by the number of stages and beside xz and zstd.",
     )
     add_checkpoint(parser)
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        help="files and folders, all of them (default: the files held out in training)",
-    )
+    add_files(parser)
     parser.add_argument("--max-bytes", type=int, help="about how many to measure (default: all)")
     parser.add_argument(
         "--tries",

@@ -36,6 +36,16 @@ def add_device(parser: Any) -> None:
     )
 
 
+def add_files(parser: Any) -> None:
+    """Those to evaluate on."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="files and folders, all of them (default: the files held out in training)",
+    )
+
+
 def add_checkpoint(parser: Any) -> None:
     parser.add_argument(
         "--checkpoint",

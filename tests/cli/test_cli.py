@@ -7,17 +7,9 @@ import pytest
 import torch
 
 from sparsemoe.cli import main, parse
-from tests.tiny_lm import OVERRIDES, write_files
+from tests.tiny_lm import OVERRIDES, SHORT, write_files
 
-TRAIN = [
-    *OVERRIDES,
-    "train.steps=6",
-    "train.batch_size=2",
-    "train.log_every=2",
-    "train.validate_every=0",
-    "train.device=cpu",
-    "data.held_out=0.2",
-]
+TRAIN = [*OVERRIDES, *SHORT]
 
 
 @pytest.fixture(scope="module")

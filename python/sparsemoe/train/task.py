@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ Aux = dict[str, Tensor]
 Loss = Callable[..., tuple[Tensor, Aux]]
 
 
-class Task:
+class Task(ABC):
     """One kind of model. ``config`` is that of the run."""
 
     kind: str
@@ -33,32 +34,33 @@ class Task:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
+    @abstractmethod
     def make_model(self) -> nn.Module:
         """The model with its first weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compiled(self, model: nn.Module) -> Loss:
         """The model's forward pass under torch.compile."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(
         self, forward: Loss, sampler: BatchSampler, device: torch.device, step: int
     ) -> tuple[Tensor, Aux]:
         """Draws a batch: its loss, and device tensors to be summed over a logging interval, of
         which ``cross_entropy`` is the mean over the batch's bytes in nats."""
-        raise NotImplementedError
 
     def after_step(self, model: nn.Module, batches: Sequence[Aux]) -> None:
-        """What follows the optimizer's step, from the aux of its batches."""
+        """What follows the optimizer's step, from the aux of its batches; by itself nothing."""
+        return None
 
+    @abstractmethod
     def figures(self, sums: Aux, batches: int) -> dict[str, Any]:
         """What an interval's record holds beside bits_per_byte, as plain numbers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validate(self, model: nn.Module, held_out: Corpus, precision: str) -> dict[str, Any]:
         """Figures on train.validation_bytes of the held-out corpus; ``validation_bits_per_byte``
         is one. Empty where there is nothing to measure yet."""
-        raise NotImplementedError
 
 
 class LanguageModelTask(Task):
