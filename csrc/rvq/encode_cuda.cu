@@ -45,8 +45,6 @@ int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
   if (for_hopper(p, space)) {
     hopper::EncodeTilesParams t;
     t.p = p, t.n_tiles = space.n_tiles, t.n_parts = space.n_parts, t.n_padded = space.n_padded;
-    t.index_bits = 5;
-    while ((int64_t(1) << (t.index_bits - 5)) < space.n_tiles) ++t.index_bits;
     t.tiles = base + space.tiles, t.norms2 = reinterpret_cast<float*>(base + space.norms2);
     t.centers = reinterpret_cast<float*>(base + space.centers);
     t.norms = reinterpret_cast<float*>(base + space.norms);

@@ -19,28 +19,58 @@
 namespace sparsemoe {
 namespace hopper {
 
-// The three lowest scores of a thread, the code in the lowest bits of each.
+// Scores are kept as whole numbers, with what a thread calls a code in the lowest bits. Of integers
+// one instruction takes the least of three; and a code is put in by multiplying, which goes on
+// beside the comparisons, where a logic instruction would be in their way.
+constexpr int kIndexBits = 11;  // tile, then code in the tile
+static_assert(kMostCodes / kTileCodes * 32 == 1 << kIndexBits, "a thread has 32 codes of a tile");
+constexpr uint32_t kNoScore = ~0u, kMostScore = (1u << (32 - kIndexBits)) - 1;
+constexpr float kMostSlack = 1e30f;  // of scores; keeps `range` finite
+
+// Of a thread: the two lowest scores, and the lowest of those that were dropped.
 struct Best {
-  float first, second, third;
-  __device__ void clear() { first = second = third = kInfinity; }
-  __device__ void add(float v, float w) {
-    const float low = fminf(v, w), high = fmaxf(v, w);
-    const float x = fmaxf(first, low), y = fminf(second, high);
-    first = fminf(first, low);
-    second = fminf(x, y);
-    third = fminf(third, fmaxf(x, y));
+  uint32_t first = kNoScore, second = kNoScore, dropped = kNoScore;
+
+  __device__ void add(const uint32_t (&v)[4]) {
+    const uint32_t a = add(v[0], v[1]), b = add(v[2], v[3]);
+    dropped = min(min(dropped, a), b);
   }
-  __device__ void add(const Best& o) {
-    const float a = fmaxf(first, o.first), b = fminf(second, o.second);
-    const float c = fminf(fmaxf(first, o.second), fmaxf(second, o.first));
-    third = fminf(fminf(third, o.third), c);
-    first = fminf(first, o.first);
-    second = fminf(a, b);
+  __device__ void set_bits(uint32_t bits) { first |= bits, second |= bits; }
+
+ private:
+  // The lowest that is dropped.
+  __device__ uint32_t add(uint32_t v, uint32_t w) {
+    const uint32_t low = min(v, w), high = max(v, w);
+    const uint32_t x = max(first, low), y = min(second, high);
+    first = min(first, low);
+    second = min(x, y);
+    return max(x, y);
   }
-  __device__ void set_bits(uint32_t bits) {
-    first = __uint_as_float(__float_as_uint(first) | bits);
-    second = __uint_as_float(__float_as_uint(second) | bits);
-    third = __uint_as_float(__float_as_uint(third) | bits);
+};
+
+// The two lowest scores of every kSets-th tile, for each of kSets.
+constexpr int kSets = 4;
+struct Kept {
+  uint32_t scores[2 * kSets], dropped = kNoScore;
+
+  __device__ Kept() {
+    for (uint32_t& score : scores) score = kNoScore;
+  }
+  __device__ void add(const Best& tile) {
+    const uint32_t first = scores[2 * kSets - 2], second = scores[2 * kSets - 1];
+    const uint32_t a = max(first, tile.first), b = min(second, tile.second);
+    const uint32_t c = min(max(first, tile.second), max(second, tile.first));
+    dropped = min(min(dropped, tile.dropped), c);
+#pragma unroll
+    for (int i = 2 * kSets - 1; i > 1; --i) scores[i] = scores[i - 2];
+    scores[0] = min(first, tile.first);
+    scores[1] = min(a, b);
+  }
+  __device__ uint32_t lowest() const {
+    uint32_t score = scores[0];
+#pragma unroll
+    for (int i = 2; i < 2 * kSets; i += 2) score = min(score, scores[i]);
+    return score;
   }
 };
 
@@ -73,10 +103,10 @@ class Encoder : Residuals<kDepths, kWhole> {
       const int in_pair = cluster_rank() * Of::kRows + group_ * 64 + warp_id() % 4 * 16;
       load_rows(first + in_pair + lane_id() / 4);
       for (int stage = 0; stage < int(p_.n_stages); ++stage) {
-        Best best[2][2];
-        score_codes(stage, best);
+        Kept kept[2];
+        score_codes(stage, kept);
         int code[2];
-        choose(stage, best, code);
+        choose(stage, kept, code);
         if (stage + 1 < int(p_.n_stages)) next_residuals(stage, code);
       }
       if (is_last_but_one<kDepths>(first, p_.n) && lane_id() == 0) {
@@ -90,20 +120,19 @@ class Encoder : Residuals<kDepths, kWhole> {
  private:
   // --- scores ---
 
-  // best[h]: of the codes of the last tile and every other before, and of the tiles between.
-  __device__ void score_codes(int stage, Best (&best)[2][2]) {
+  __device__ void score_codes(int stage, Kept (&kept)[2]) {
     const float weight[2] = {state_[0].scale / s_.scale[stage], state_[1].scale / s_.scale[stage]};
-    // In a register of each thread: the instruction that puts the code in takes no uniform one.
-    const uint32_t keep = __shfl_sync(kFullWarp, ~0u << t_.index_bits, 0);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) best[i / 2][i % 2].clear();
+    const float range[2] = {this->range(stage, 0), this->range(stage, 1)};
+    const float base[2] = {kBase * range[0], kBase * range[1]};
+    // In a register, and nothing that the compiler knows: it would shift, see kIndexBits.
+    const uint32_t to_index = __shfl_sync(kFullWarp, 1u << kIndexBits, 0);
     const int n_tiles = int(t_.n_tiles);
     for (int tile = 0; tile < n_tiles; ++tile) {
       float sum[64];
       multiply(sum);
       end_multiply(sum);
+      if (tile + 1 == n_tiles) leave_out_padding(range, sum);
       Best of_tile[2];
-      of_tile[0].clear(), of_tile[1].clear();
       const float4* norms2 = s_.norms2[norm_tile_] + lane_id() % 4;
 #pragma unroll
       for (int j = 0; j < 16; j += 2) {
@@ -111,14 +140,13 @@ class Encoder : Residuals<kDepths, kWhole> {
         const float norm2[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float score[4];
+          uint32_t score[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float v = fmaf(norm2[i], weight[h], sum[4 * (j + i / 2) + 2 * h + i % 2]);
-            score[i] = __uint_as_float((__float_as_uint(v) & keep) | uint32_t(2 * j + i));
+            score[i] = __float_as_uint(v + base[h]) * to_index + uint32_t(2 * j + i);
           }
-          of_tile[h].add(score[0], score[1]);
-          of_tile[h].add(score[2], score[3]);
+          of_tile[h].add(score);
         }
       }
       barrier_arrive(&s_.norms_read[norm_tile_]);
@@ -126,10 +154,26 @@ class Encoder : Residuals<kDepths, kWhole> {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         of_tile[h].set_bits(uint32_t(tile) << 5);
-        of_tile[h].add(best[h][1]);
-        best[h][1] = best[h][0];
-        best[h][0] = of_tile[h];
+        kept[h].add(of_tile[h]);
       }
+    }
+  }
+  // Scores of row h are below a power of two. Added to 13 times that, they are in the lowest 21
+  // bits of the sum, in units of 2^-20 of it, from -2^20 on.
+  static constexpr float kBase = 13;
+  __device__ float range(int stage, int h) const {
+    const StageConstants& c = s_.constants[stage];
+    const float weight = state_[h].scale / s_.scale[stage];
+    const float most = (state_[h].norm + state_[h].error) * c.code + weight * c.norm2;
+    return __uint_as_float((__float_as_uint(1.01f * most) & 0x7f800000) + 0x00800000);
+  }
+  // Codes of the last tile that are not there get the highest score.
+  __device__ void leave_out_padding(const float (&range)[2], float (&sum)[64]) const {
+    const int n_left = int(p_.n_codes - (t_.n_tiles - 1) * kTileCodes) - 2 * (lane_id() % 4);
+    if (n_left >= kTileCodes - 6) return;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      if (i / 4 * 8 + i % 2 >= n_left) sum[i] = (1 - 0x1p-20f) * range[i / 2 % 2];
     }
   }
   // Begins to multiply by the next tile. Two warpgroups take turns, the next from the middle of the
@@ -170,72 +214,116 @@ class Encoder : Residuals<kDepths, kWhole> {
 
   // --- choosing ---
 
-  __device__ int code_of(float score, int lane) const {
-    const uint32_t index = __float_as_uint(score) & ~(~0u << t_.index_bits);
+  __device__ static int code_of(uint32_t score, int lane) {
+    const uint32_t index = score & ((1u << kIndexBits) - 1);
     return int((index >> 5) * kTileCodes + (index % 32 / 2) * 8 + 2 * (lane % 4) + index % 2);
   }
 
   // How far above the lowest score of row h that of the nearest code can be.
-  __device__ float slack(int stage, int h, float lowest) const {
+  __device__ float slack(int stage, int h) const {
     const StageConstants& c = s_.constants[stage];
     const float weight = state_[h].scale / s_.scale[stage];
     const float products = state_[h].norm * c.code, norms = weight * c.norm2;
     const float rounding = state_[h].error * c.code + state_[h].norm * c.rounding;
     const float sums = (4 * kDepths + 4) * 0x1p-22f * products + 0x1p-18f * norms;
-    const float index = __uint_as_float(uint32_t(127 - 23 + t_.index_bits) << 23);
-    const float scores = 2 * (rounding + sums);
-    return scores + 2.02f * index * (fabsf(lowest) + scores);
+    return 2 * (rounding + sums + range(stage, h) * 0x1p-20f);
   }
 
-  __device__ void choose(int stage, const Best (&best)[2][2], int (&code)[2]) {
+  __device__ void choose(int stage, const Kept (&kept)[2], int (&code)[2]) {
     const int quad = lane_id() / 4 * 4;
+    unsigned candidates[2];
+    bool several[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const Best &a = best[h][0], &b = best[h][1];
-      const float own = fminf(a.first, b.first);
-      float lowest = fminf(own, __shfl_xor_sync(kFullWarp, own, 1));
-      lowest = fminf(lowest, __shfl_xor_sync(kFullWarp, lowest, 2));
-      const float limit = lowest + slack(stage, h, lowest);
+      const uint32_t own = kept[h].lowest();
+      uint32_t lowest = min(own, __shfl_xor_sync(kFullWarp, own, 1));
+      lowest = min(lowest, __shfl_xor_sync(kFullWarp, lowest, 2));
+      const float above = slack(stage, h), unit = range(stage, h) * 0x1p-20f;
+      const uint32_t most = (lowest >> kIndexBits) + uint32_t(fminf(above / unit, 0x1p21f)) + 1;
+      const uint32_t limit = min(most, kMostScore - 1) << kIndexBits | ((1u << kIndexBits) - 1);
       const unsigned has = __ballot_sync(kFullWarp, own == lowest) >> quad & 15;
       code[h] = __shfl_sync(kFullWarp, code_of(own, lane_id()), quad + max(__ffs(has) - 1, 0));
-      // Bit 4 i + l of a quad's candidates: the i-th of these four scores, in lane l of it.
-      unsigned candidates = (__ballot_sync(kFullWarp, a.first <= limit) >> quad & 15) |
-                            (__ballot_sync(kFullWarp, a.second <= limit) >> quad & 15) << 4 |
-                            (__ballot_sync(kFullWarp, b.first <= limit) >> quad & 15) << 8 |
-                            (__ballot_sync(kFullWarp, b.second <= limit) >> quad & 15) << 12;
-      const bool more = a.third <= limit || b.third <= limit;
-      const bool unkept = __ballot_sync(kFullWarp, more) >> quad & 15;
+      candidates[h] = 0;  // bit 4 i + l: the i-th of these scores, in lane l of the quad
+#pragma unroll
+      for (int i = 0; i < 2 * kSets; ++i) {
+        const bool close = kept[h].scores[i] <= limit;
+        candidates[h] |= (__ballot_sync(kFullWarp, close) >> quad & 15) << 4 * i;
+      }
+      const bool unkept = __ballot_sync(kFullWarp, kept[h].dropped <= limit) >> quad & 15;
+      const float highest = (int(lowest >> kIndexBits) - 0x100000) * unit + above;
       const float weight = state_[h].scale / s_.scale[stage];
-      distance_[h] = sqrtf(fmaxf(state_[h].norm * state_[h].norm + limit * weight, 0.0f)) * kAbove;
-      if (!state_[h].late && (!(limit < kInfinity) || (p_.exact && unkept))) {
+      distance_[h] =
+          sqrtf(fmaxf(state_[h].norm * state_[h].norm + highest * weight, 0.0f)) * kAbove;
+      if (!state_[h].late && (!(above < kMostSlack) || (p_.exact && unkept))) {
         state_[h].late = true;
         leave(h, stage);
       }
-      const bool several = p_.exact && !state_[h].late && __popc(candidates) > 1;
-      unsigned rows = __ballot_sync(kFullWarp, several && lane_id() % 4 == 0);
-      while (rows) {
-        const int lane = __ffs(rows) - 1;
-        rows &= rows - 1;
-        const int found = nearest(stage, h, lane, a, b, __shfl_sync(kFullWarp, candidates, lane));
-        if (quad == lane) code[h] = found;
-      }
+      several[h] = p_.exact && !state_[h].late && __popc(candidates[h]) > 1;
+    }
+    if (p_.exact) choose_nearest(stage, kept, candidates, several, code);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
       if (state_[h].late || code[h] >= int(p_.n_codes)) code[h] = 0;
       if (lane_id() % 4 == 0 && !state_[h].late) p_.codes[row(h) * p_.n_stages + stage] = code[h];
     }
     __syncwarp();
   }
 
-  // Of the candidates of row h of the quad from `lane` on, in float32. By the warp.
-  __device__ int nearest(int stage, int h, int lane, const Best& a, const Best& b,
-                         unsigned candidates) {
-    const int64_t at = first_row_ - lane_id() / 4 + lane / 4 + 8 * h;
+  // Where there are several candidates, the nearest of them. The warps of the warpgroup share the
+  // vectors.
+  __device__ void choose_nearest(int stage, const Kept (&kept)[2], const unsigned (&candidates)[2],
+                                 const bool (&several)[2], int (&code)[2]) {
+    const int warp = warp_id() % 4, quad = lane_id() / 4;
+    Candidates& shared = s_.passing[group_].candidates;
+    named_barrier(3 + group_, 128);  // `passing` has been read
+    unsigned rows = 0;               // bit 4 quad + h
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      rows |= (__ballot_sync(kFullWarp, several[h]) & 0x11111111) << h;
+      if (!several[h]) continue;
+      const int place = 16 * warp + quad + 8 * h;
+#pragma unroll
+      for (int i = 0; i < 2 * kSets; ++i) {
+        shared.codes[place][4 * i + lane_id() % 4] = code_of(kept[h].scores[i], lane_id());
+      }
+      for (int q = lane_id() % 4; q < stage; q += 4) {
+        shared.before[place][q] = __ldcg(p_.codes + row(h) * p_.n_stages + q);
+      }
+      shared.mask[place] = candidates[h];
+    }
+    if (lane_id() == 0) s_.several[group_][warp] = rows;
+    named_barrier(3 + group_, 128);
+    unsigned of_warp[4];
+    int total = 0;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) of_warp[w] = s_.several[group_][w], total += __popc(of_warp[w]);
+    if (total == 0) return;
+    int at = 0;  // of all
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      for (unsigned left = of_warp[w]; left; left &= left - 1, ++at) {
+        if (at % 4 != warp) continue;
+        const int bit = __ffs(left) - 1, place = 16 * w + bit / 4 + 8 * (bit % 4);
+        const int64_t row = first_row_ - quad - 16 * warp + place;
+        const int found = nearest(stage, row, shared, place);
+        if (lane_id() == 0) s_.nearest[group_][place] = found;
+      }
+    }
+    named_barrier(3 + group_, 128);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (several[h]) code[h] = s_.nearest[group_][16 * warp + quad + 8 * h];
+    }
+  }
+
+  // Of the candidates of a vector, in float32. By the warp.
+  __device__ int nearest(int stage, int64_t at, const Candidates& shared, int place) const {
     const int width = int(p_.width);
-    const int before = lane_id() < stage ? __ldcg(p_.codes + at * p_.n_stages + lane_id()) : 0;
+    unsigned candidates = shared.mask[place];
     const auto take = [&] {
-      const int bit = __ffs(candidates) - 1, source = lane + bit % 4;
+      const int bit = __ffs(candidates) - 1;
       candidates &= candidates - 1;
-      const float score = bit < 4 ? a.first : bit < 8 ? a.second : bit < 12 ? b.first : b.second;
-      return code_of(__shfl_sync(kFullWarp, score, source), source);
+      return int(shared.codes[place][bit]);
     };
     Row residual, e, other;
     int code = take(), other_code = take();
@@ -252,7 +340,7 @@ class Encoder : Residuals<kDepths, kWhole> {
 #pragma unroll 2
     for (int q = 0; q < stage; ++q) {
       Row past;
-      const int64_t past_code = __shfl_sync(kFullWarp, before, q);
+      const int64_t past_code = shared.before[place][q];
       past.template load<true>(codebook(q) + past_code * width, 0, width);
       residual.subtract(past);
     }

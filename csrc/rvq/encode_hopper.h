@@ -17,7 +17,6 @@ struct StageConstants {
 struct EncodeTilesParams {
   RvqEncodeParams p;
   int64_t n_tiles, n_parts, n_padded;  // tiles of codes, parts of kPartCodes, codes with padding
-  int index_bits;                      // of a score, that hold the code
   void* tiles;                // [n_stages, n_tiles, depths] x [128 codes, 64 columns] of half
   float* norms2;              // [n_stages, n_padded] squared norms, scaled; by tile, in fours
   float* centers;             // [n_stages, depths * 64]

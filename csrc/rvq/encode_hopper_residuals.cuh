@@ -59,19 +59,13 @@ class Residuals {
   // blocks are made of, element(fetched, block, v) makes them, from the old ones with kBefore.
   // Operands of the tensor cores that come out of loads lie as they must, those that come out of
   // arithmetic would be copied, and there are not registers for both: hence their way through
-  // shared memory. The loop keeps loads of later blocks behind.
+  // shared memory. There is one loop for all chunks, as instructions have to be fetched, too.
   template <bool kBefore, class Fetch, class Element>
   __device__ void make(Fetch fetch, Element element, RowSums (&sums)[2]) {
-    const int thread = threadIdx.x % 128;
     auto next = fetch(0);
-#pragma unroll
+#pragma unroll 1
     for (int chunk = 0; chunk < kBlocks; chunk += kChunk) {
-      if (kBefore) {
-#pragma unroll
-        for (int i = 0; i < 2 * kChunk; ++i) {
-          store_shared(&s_.passing[group_][i / 2][i % 2][thread], upper_[2 * chunk + i]);
-        }
-      }
+      if (kBefore) pass<true>(chunk);
 #pragma unroll 1
       for (int b = 0; b < kChunk; b += 2) {
         const auto fetched = next;
@@ -85,9 +79,24 @@ class Residuals {
 #pragma unroll
         for (int i = 0; i < 2; ++i) put(chunk + b + i, b + i, v[i], sums);
       }
+      pass<false>(chunk);
+    }
+  }
+  // The operands of the chunk that begins there, from registers to shared memory or back.
+  template <bool kToShared>
+  __device__ void pass(int first) {
+    const int thread = threadIdx.x % 128;
+#pragma unroll
+    for (int chunk = 0; chunk < kBlocks; chunk += kChunk) {
+      if (first != chunk) continue;
 #pragma unroll
       for (int i = 0; i < 2 * kChunk; ++i) {
-        load_shared(&s_.passing[group_][i / 2][i % 2][thread], upper_[2 * chunk + i]);
+        uint4* const place = &s_.passing[group_].operands[i / 2][i % 2][thread];
+        if (kToShared) {
+          store_shared(place, upper_[2 * chunk + i]);
+        } else {
+          load_shared(place, upper_[2 * chunk + i]);
+        }
       }
     }
   }
@@ -112,14 +121,18 @@ class Residuals {
     }
     store_shared(&s_.low[group_][block][thread], low);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) store_shared(&s_.passing[group_][place][i][thread], upper[i]);
+    for (int i = 0; i < 2; ++i) {
+      store_shared(&s_.passing[group_].operands[place][i][thread], upper[i]);
+    }
   }
   // What was put.
   __device__ void get(int block, int place, float (&v)[2][8]) const {
     const int thread = threadIdx.x % 128;
     uint32_t upper[2][4], low[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) load_shared(&s_.passing[group_][place][i][thread], upper[i]);
+    for (int i = 0; i < 2; ++i) {
+      load_shared(&s_.passing[group_].operands[place][i][thread], upper[i]);
+    }
     load_shared(&s_.low[group_][block][thread], low);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -29,19 +29,31 @@ constexpr float kRowScale = 4096;   // brings norms of 4 .. 8 to where half prec
 template <int kDepths>
 constexpr int kNormTiles = (kSlots + kDepths - 1) / kDepths + 1;
 
+// Of the vectors of a warpgroup that have several: kept codes, a bit for each that is one, and the
+// codes of the stages before.
+struct Candidates {
+  uint16_t codes[64][32], before[64][kMostStages];
+  unsigned mask[64];
+};
+
 template <int kDepths>
 struct Shared {
   using Of = Shape<kDepths>;
   uint16_t codes[kSlots][kTileCodes * kTileDepth];
   // eight bytes of each row: [warpgroup][32 columns][thread]
   uint4 low[Of::kGroups][Of::kBlocks][128];
-  uint4 passing[Of::kGroups][Of::kChunk][2][128];  // [warpgroup][32 columns][16 of them][thread]
+  union {
+    uint4 operands[Of::kChunk][2][128];  // [32 columns][16 of them][thread]
+    Candidates candidates;
+  } passing[Of::kGroups];
   float4 norms2[kNormTiles<kDepths>][kTileCodes / 4];
   uint64_t full[kSlots], empty[kSlots];
   uint64_t norms_read[kNormTiles<kDepths>];  // norms2 may be overwritten; all threads arrive
   uint64_t last_round;                       // the multiplying warps have begun it
   StageConstants constants[kMostStages];     // of all tiles of codes together
   float scale[kMostStages];
+  unsigned several[Of::kGroups][4];  // of each warp, the vectors that have candidates
+  int nearest[Of::kGroups][64];      // of the candidates of a vector
 };
 
 // A place in the ring.

@@ -9,8 +9,7 @@ namespace hopper {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kSamples = 4;    // of a warp
-constexpr float kFar = 1e30f;  // of codes that are not there
+constexpr int kSamples = 4;  // of a warp
 
 // One block for each part of a tile of codes. Codes are moved by a center, which cancels in
 // differences of distances, and by a power of two to norms below 8, give or take: both from a
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
       // In fours, as lane c of four has them: 8 i + 2 c, the next, and both 8 further.
       const int place = in_tile / 16 * 16 + in_tile % 8 / 2 * 4 + in_tile / 8 % 2 * 2 + in_tile % 2;
       params.norms2[stage * params.n_padded + tile * kTileCodes + place] =
-          code < n_codes ? to_add : kFar;
+          code < n_codes ? to_add : 0.0f;
     }
     most_code = larger(most_code, sqrtf(seen2));
     most_rounding = larger(most_rounding, sqrtf(rounding2));

@@ -39,7 +39,7 @@ __device__ void finish_vector(const RvqEncodeParams& p, int64_t row) {
     Columns<kPieces> residual, sum;
     residual.template load<kPacked>(x, first, width);
     sum.clear();
-#pragma unroll 2
+#pragma unroll(kPieces == 1 ? 8 : 4)
     for (int stage = 0; stage < n_stages; ++stage) {
       const int64_t code = stage * p.n_codes + codes.at(stage);
       Columns<kPieces> e;

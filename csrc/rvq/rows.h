@@ -1,5 +1,6 @@
 #pragma once
 
+#include "rvq/decode.h"
 #include "rvq/encode.h"
 
 namespace sparsemoe {
@@ -8,5 +9,8 @@ namespace sparsemoe {
 // `early` vectors with negative ones are left out, and the kernel may begin before the last one has
 // ended.
 int encode_finish(const RvqEncodeParams& p, int64_t begin, int64_t end, bool early, void* stream);
+
+// rvq_decode_cuda for any shape: a warp a vector.
+int decode_rows_cuda(const RvqDecodeParams& p, void* stream);
 
 }  // namespace sparsemoe

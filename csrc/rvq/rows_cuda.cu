@@ -8,7 +8,7 @@
 namespace sparsemoe {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 // With `early`, the kernel before may still look for the codes of some vectors, which it or a later
 // one finishes. Only the last block waits for it: others may have to run where those have run.
@@ -112,7 +112,7 @@ int rvq_encode_backward_cuda(const RvqEncodeBackwardParams& p, void* stream) {
                                p, stream);
 }
 
-int rvq_decode_cuda(const RvqDecodeParams& p, void* stream) {
+int decode_rows_cuda(const RvqDecodeParams& p, void* stream) {
   return SPARSEMOE_LAUNCH_ROWS(
       decode_kernel, p.dtype,
       (packs_of_4<T>(p.codebooks, p.width, p.width) && packs_of_4<T>(p.y, p.width, p.width)), p,

@@ -36,6 +36,19 @@ def test_decode(device, n, width, n_codes, n_stages):
         assert found.dtype == dtype and torch.equal(found, expected.to(dtype))
 
 
+@pytest.mark.parametrize(
+    "n, width, n_codes, n_stages",
+    [(20000, 64, 50, 3), (9001, 256, 30, 4), (5000, 128, 1000, 8), (70000, 64, 2000, 2)],
+)
+def test_decode_of_many_vectors(device, n, width, n_codes, n_stages):
+    """Enough of them to keep codes in shared memory: all, or those that find room."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        codebooks = codebooks_for(n_stages, n_codes, width, device, dtype)
+        codes = some_codes(n, n_codes, n_stages, device)
+        expected = reference.decode(codes, codebooks.float())
+        assert torch.equal(rvq.decode(codes, codebooks), expected.to(dtype))
+
+
 def test_decode_shapes_and_strides(device):
     codebooks = codebooks_for(6, 20, 24, device)
     codes = some_codes(24, 20, 3, device)
