@@ -116,9 +116,9 @@ int rvq_decode_cuda(const RvqDecodeParams& p, void* stream) {
     const int64_t slices = p.width * int64_t(sizeof(T)) / kSliceBytes;
     const int64_t n_kept = std::min(p.n_stages * p.n_codes, kMostKept);
     const int64_t groups = slices ? multiprocessors() / slices : 0;
-    // Codes are kept where each is used a few times.
+    // Where a block reads each code more than three times.
     const bool pays = runs_sm_90a() && groups > 0 && p.n < (1 << 30) &&
-                      p.n_stages * p.n_codes < (1 << 24) && p.n / groups * p.n_stages > 4 * n_kept;
+                      p.n_stages * p.n_codes < (1 << 24) && p.n / groups > 3 * p.n_codes;
     if (!pays || p.width * sizeof(T) % kSliceBytes != 0 || uintptr_t(p.codebooks) % 16 != 0 ||
         uintptr_t(p.y) % 16 != 0 || uintptr_t(p.codes) % 16 != 0) {
       return decode_rows_cuda(p, stream);

@@ -52,7 +52,7 @@ struct Shared {
   uint64_t last_round;                       // the multiplying warps have begun it
   StageConstants constants[kMostStages];     // of all tiles of codes together
   float scale[kMostStages];
-  unsigned several[Of::kGroups][4];  // of each warp, the vectors that have candidates
+  unsigned several[Of::kGroups][4];  // of each warp, vectors with several candidates
   int nearest[Of::kGroups][64];      // of the candidates of a vector
 };
 

@@ -38,7 +38,7 @@ def test_decode(device, n, width, n_codes, n_stages):
 
 @pytest.mark.parametrize(
     "n, width, n_codes, n_stages",
-    [(20000, 64, 50, 3), (9001, 256, 30, 4), (5000, 128, 1000, 8), (70000, 64, 2000, 2)],
+    [(30000, 64, 50, 3), (9001, 256, 30, 4), (20000, 512, 400, 6), (16000, 512, 300, 8)],
 )
 def test_decode_of_many_vectors(device, n, width, n_codes, n_stages):
     """Enough of them to keep codes in shared memory: all, or those that find room."""
