@@ -165,7 +165,7 @@ class Encoder : Residuals<kDepths, kWhole> {
     const StageConstants& c = s_.constants[stage];
     const float weight = state_[h].scale / s_.scale[stage];
     // The same bits wherever it is asked.
-    const float most = fmaf(weight, c.norm2, (state_[h].norm + state_[h].error) * c.code);
+    const float most = fmaf(state_[h].norm + state_[h].error, c.code, weight * c.norm2);
     return __uint_as_float((__float_as_uint(1.01f * most) & 0x7f800000) + 0x00800000);
   }
   // Codes of the last tile that are not there get the highest score.
@@ -293,7 +293,6 @@ class Encoder : Residuals<kDepths, kWhole> {
       shared.mask[place] = candidates[h];
     }
     if (lane_id() == 0) s_.several[group_][warp] = rows;
-    __syncwarp();
     named_barrier(3 + group_, 128);
     unsigned of_warp[4];
     int total = 0;
@@ -311,7 +310,6 @@ class Encoder : Residuals<kDepths, kWhole> {
         if (lane_id() == 0) s_.nearest[group_][place] = found;
       }
     }
-    __syncwarp();
     named_barrier(3 + group_, 128);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
