@@ -149,6 +149,23 @@ __device__ inline float warp_sum(float v) {
   for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kFullWarp, v, step);
   return v;
 }
+// The sums of several values: lane l gets that of v[l / (32 / kN)]. kN is a power of two.
+template <int kN>
+__device__ inline float warp_sums(float (&v)[kN]) {
+#pragma unroll
+  for (int n = kN / 2, step = 16; n > 0; n /= 2, step /= 2) {
+    const bool upper = lane_id() & step;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const float other = __shfl_xor_sync(kFullWarp, upper ? v[i] : v[n + i], step);
+      v[i] = (upper ? v[n + i] : v[i]) + other;
+    }
+  }
+  float sum = v[0];
+#pragma unroll
+  for (int step = 16 / kN; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  return sum;
+}
 __device__ inline float warp_max(float v) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, step));

@@ -9,6 +9,9 @@
 namespace sparsemoe {
 namespace {
 
+// So many vectors are finished while late ones are looked for, if there are any.
+constexpr int64_t kFinishedLast = 10240;
+
 // Whether the kernel for the tensor cores takes it. SPARSEMOE_KERNELS=portable leaves that out.
 bool for_hopper(const RvqEncodeParams& p, const RvqEncodeSpace& space) {
   const char* kernels = std::getenv("SPARSEMOE_KERNELS");
@@ -19,18 +22,18 @@ bool for_hopper(const RvqEncodeParams& p, const RvqEncodeSpace& space) {
          p.n_stages <= kMostStages && p.n < INT32_MAX;
 }
 
-int tiles_of(int64_t depths, const hopper::EncodeTilesParams& t, int64_t* known, void* stream) {
+int tiles_of(int64_t depths, const hopper::EncodeTilesParams& t, void* stream) {
   switch (depths) {
     case 1:
-      return hopper::encode_tiles<1>(t, known, stream);
+      return hopper::encode_tiles<1>(t, stream);
     case 2:
-      return hopper::encode_tiles<2>(t, known, stream);
+      return hopper::encode_tiles<2>(t, stream);
     case 4:
-      return hopper::encode_tiles<4>(t, known, stream);
+      return hopper::encode_tiles<4>(t, stream);
     case 6:
-      return hopper::encode_tiles<6>(t, known, stream);
+      return hopper::encode_tiles<6>(t, stream);
     default:
-      return hopper::encode_tiles<8>(t, known, stream);
+      return hopper::encode_tiles<8>(t, stream);
   }
 }
 
@@ -51,8 +54,9 @@ int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
     t.constants = reinterpret_cast<hopper::StageConstants*>(base + space.constants);
     t.late = reinterpret_cast<int32_t*>(base + space.late);
     int error = hopper::prepare_tiles(t, space.n_depths, stream);
-    if (error == 0) error = tiles_of(space.n_depths, t, &finished, stream);
-    if (error == 0 && finished > 0) error = encode_finish(p, 0, finished, true, stream);
+    if (error == 0) error = tiles_of(space.n_depths, t, stream);
+    finished = std::max<int64_t>(p.n - kFinishedLast, 0);
+    if (error == 0) error = encode_finish(p, 0, finished, true, stream);
     if (error != 0) return error;
     exact.late = t.late;
   }

@@ -13,17 +13,7 @@ namespace sparsemoe {
 namespace {
 
 constexpr int kThreads = 256, kRows = int(kExactRows), kCodes = 64, kDepth = 32;
-constexpr int64_t kMostFew = 2048;  // vectors that few_kernel takes; exact_kernel takes more
-constexpr int kRow = kRows + 4;     // of shared memory, in floats: columns lie one after the other
-
-// The lower distance, or of equals the lower code, over so many neighbouring lanes.
-__device__ inline void least_of(float& distance, int& code, int lanes) {
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    const float other = __shfl_xor_sync(kFullWarp, distance, step);
-    const int other_code = __shfl_xor_sync(kFullWarp, code, step);
-    if (nearer(other, other_code, distance, code)) distance = other, code = other_code;
-  }
-}
+constexpr int kRow = kRows + 4;  // of shared memory, in floats: columns lie one after the other
 
 template <int kBlocks>
 __device__ inline void block_or_cluster_sync() {
@@ -45,19 +35,8 @@ __device__ inline T* of_block(T* place, int block) {
   return place;
 }
 
-template <int kPieces, bool kPacked>
-__device__ inline void finish_vector_of(const RvqEncodeParams& p, int64_t vector) {
-  if (p.dtype == DType::f32) {
-    finish_vector<float, kPieces, kPacked>(p, vector);
-  } else if (p.dtype == DType::f16) {
-    finish_vector<__half, kPieces, kPacked>(p, vector);
-  } else {
-    finish_vector<__nv_bfloat16, kPieces, kPacked>(p, vector);
-  }
-}
-
-// For few vectors: kBlocks blocks, a cluster, take one and share the codes. Also finishes those
-// that are late, be they few or those that exact_kernel took.
+// For few vectors that encode_few is not for: kBlocks blocks, a cluster, take one and share the
+// codes. Also finishes those that are late, be they few or those that exact_kernel took.
 template <int kBlocks, int kPieces, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 2) few_kernel(const ExactParams params) {
   constexpr int kAtOnce = 16 / kPieces, kWarps = kThreads / 32;
@@ -153,6 +132,7 @@ __global__ void __launch_bounds__(kThreads) exact_kernel(const ExactParams param
   __shared__ int64_t vector[kRows];
   const RvqEncodeParams& p = params.p;
   const int width = int(p.width), n_codes = int(p.n_codes), warp = warp_id(), lane = lane_id();
+  wait_for_previous();
   const int64_t count = params.late ? params.late[0] : p.n;
   if (count <= kMostFew) return;
   float* const residuals = params.residuals + int64_t(blockIdx.x) * kRows * width;
@@ -262,6 +242,7 @@ int launch_few(const ExactParams& params, void* stream) {
   const bool packed = packs_of_4<float>(p.codebooks, p.width, p.width);
   return with_pieces(p.width, [&](auto pieces) {
     constexpr int kPieces = decltype(pieces)::value;
+    if constexpr (kBlocks > 1 && kPieces <= 4) return encode_few(params, stream);
     const auto kernel =
         packed ? few_kernel<kBlocks, kPieces, true> : few_kernel<kBlocks, kPieces, false>;
     cudaLaunchAttribute attribute{};
@@ -282,7 +263,8 @@ int encode_exact(const ExactParams& p, void* stream) {
   // The one of the two kernels that the number of vectors is not for does not look for codes. The
   // last lets encode_finish begin.
   if (p.p.n > kMostFew) {
-    exact_kernel<<<unsigned(p.n_blocks), kThreads, 0, cudaStream_t(stream)>>>(p);
+    const int error = launch_early(exact_kernel, unsigned(p.n_blocks), kThreads, 0, stream, p);
+    if (error != 0) return error;
   }
   return runs_sm_90a() ? launch_few<8>(p, stream) : launch_few<1>(p, stream);
 }

@@ -109,10 +109,6 @@ class Encoder : Residuals<kDepths, kWhole> {
         choose(stage, kept, code);
         if (stage + 1 < int(p_.n_stages)) next_residuals(stage, code);
       }
-      if (is_last_but_one<kDepths>(first, p_.n) && lane_id() == 0) {
-        __threadfence();
-        barrier_arrive(&s_.last_round);
-      }
     }
     if (kTurns && group_ == 0) named_barrier(1, 256);
   }
@@ -383,9 +379,9 @@ __global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER
       barrier_init(&s.empty[i], 8 * Of::kGroups);  // the multiplying warps of the cluster
     }
     for (auto& read : s.norms_read) barrier_init(&read, 128 * Of::kGroups);
-    barrier_init(&s.last_round, 4 * Of::kGroups);
     barriers_ready();
   }
+  wait_for_previous();
   for (int stage = warp_id(); stage < int(params.p.n_stages); stage += Of::kThreads / 32) {
     const StageConstants* of = params.constants + int64_t(stage) * (params.n_parts + 1);
     StageConstants most{};
@@ -404,17 +400,10 @@ __global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER
     s.scale[stage] = of[params.n_parts].code;
   }
   cluster_sync();
+  let_next_begin();
   if (threadIdx.x < 128) {
     registers_lower_to<Of::kLoadRegisters>();
     if (threadIdx.x == 0) send_codes<kDepths>(params, s);
-    if (threadIdx.x == 32) {
-      // From the last round on the next kernel may read the codes of the rounds before.
-      if (first_pair<kDepths>() + pair_stride<kDepths>() < params.p.n) {
-        barrier_wait(&s.last_round, 0);
-      }
-      __threadfence();
-      let_next_begin();
-    }
   } else {
     registers_raise_to<Of::kMultiplyRegisters>();
     Encoder<kDepths, kWhole>(params, s).run();
@@ -426,7 +415,7 @@ __global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER
 }
 
 template <int kDepths>
-int encode_tiles(const EncodeTilesParams& params, int64_t* known, void* stream) {
+int encode_tiles(const EncodeTilesParams& params, void* stream) {
   const RvqEncodeParams& p = params.p;
   const auto kernel = p.width == kDepths * kTileDepth ? encode_kernel<kDepths, true>
                                                       : encode_kernel<kDepths, false>;
@@ -437,10 +426,8 @@ int encode_tiles(const EncodeTilesParams& params, int64_t* known, void* stream) 
   constexpr int64_t kPair = 2 * Shape<kDepths>::kRows;
   const int64_t clusters =
       std::min<int64_t>(ceil_div(p.n, kPair), std::max(multiprocessors() / 2, 1));
-  const int64_t last_round = std::min(p.n, clusters * kPair);
-  *known = ceil_div(p.n - last_round, kPair) * kPair;
-  kernel<<<unsigned(2 * clusters), Shape<kDepths>::kThreads, bytes, cudaStream_t(stream)>>>(params);
-  return int(cudaGetLastError());
+  return launch_early(kernel, unsigned(2 * clusters), Shape<kDepths>::kThreads, bytes, stream,
+                      params);
 }
 
 }  // namespace hopper

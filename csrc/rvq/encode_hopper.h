@@ -25,13 +25,11 @@ struct EncodeTilesParams {
   int32_t* late;              // {count, -}, then {vector, stage} of each that is left to others
 };
 
-constexpr int32_t kNotYet = -1;  // in place of the codes that are left to others
-
 int prepare_tiles(const EncodeTilesParams& p, int64_t depths, void* stream);
-// kDepths * 64 columns at most. The codes of vectors before `*known` are known, or are kNotYet,
-// when the next kernel may begin.
+// kDepths * 64 columns at most. All codes must be kUnknown; the next kernel may begin when all
+// blocks run.
 template <int kDepths>
-int encode_tiles(const EncodeTilesParams& p, int64_t* known, void* stream);
+int encode_tiles(const EncodeTilesParams& p, void* stream);
 
 }  // namespace hopper
 
@@ -44,5 +42,7 @@ struct ExactParams {
   int64_t n_blocks;
 };
 int encode_exact(const ExactParams& p, void* stream);
+// Its part for few vectors of up to 512 columns, on Hopper; finishes those that are late.
+int encode_few(const ExactParams& p, void* stream);
 
 }  // namespace sparsemoe

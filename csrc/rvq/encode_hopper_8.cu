@@ -3,7 +3,7 @@
 namespace sparsemoe {
 namespace hopper {
 
-template int encode_tiles<8>(const EncodeTilesParams& p, int64_t* known, void* stream);
+template int encode_tiles<8>(const EncodeTilesParams& p, void* stream);
 
 }  // namespace hopper
 }  // namespace sparsemoe

@@ -5,6 +5,7 @@
 
 #include "rvq/encode_hopper_ring.cuh"
 #include "rvq/residuals.cuh"
+#include "rvq/rows.h"
 #include "rvq/scale.cuh"
 
 namespace sparsemoe {
@@ -306,7 +307,7 @@ class Residuals {
     const int at = atomicAdd(t_.late, 1);
     t_.late[2 + 2 * at] = int32_t(row(h));
     t_.late[3 + 2 * at] = stage;
-    for (int q = stage; q < int(p_.n_stages); ++q) p_.codes[row(h) * p_.n_stages + q] = kNotYet;
+    for (int q = stage; q < int(p_.n_stages); ++q) p_.codes[row(h) * p_.n_stages + q] = kLeft;
   }
 
   const EncodeTilesParams& t_;

@@ -49,7 +49,6 @@ struct Shared {
   float4 norms2[kNormTiles<kDepths>][kTileCodes / 4];
   uint64_t full[kSlots], empty[kSlots];
   uint64_t norms_read[kNormTiles<kDepths>];  // norms2 may be overwritten; all threads arrive
-  uint64_t last_round;                       // the multiplying warps have begun it
   StageConstants constants[kMostStages];     // of all tiles of codes together
   float scale[kMostStages];
   unsigned several[Of::kGroups][4];  // of each warp, vectors with several candidates
@@ -109,12 +108,6 @@ __device__ inline int64_t first_pair() {
 template <int kDepths>
 __device__ inline int64_t pair_stride() {
   return int64_t(gridDim.x) * Shape<kDepths>::kRows;
-}
-
-template <int kDepths>
-__device__ inline bool is_last_but_one(int64_t first, int64_t n) {
-  const int64_t next = first + pair_stride<kDepths>();
-  return next < n && next + pair_stride<kDepths>() >= n;
 }
 
 // Brings vectors to the L2, lest all blocks wait for device memory at the same time.

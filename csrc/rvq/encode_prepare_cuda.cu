@@ -2,6 +2,7 @@
 #include "rvq/encode_hopper.h"
 #include "rvq/encode_workspace.h"
 #include "rvq/residuals.cuh"
+#include "rvq/rows.h"
 #include "rvq/scale.cuh"
 
 namespace sparsemoe {
@@ -26,6 +27,10 @@ __global__ void __launch_bounds__(kThreads)
   const float* codebook = static_cast<const float*>(p.codebooks) + int64_t(stage) * n_codes * width;
   const bool cosine = p.metric == Metric::cosine;
   if (part == 0 && stage == 0 && threadIdx.x == 0) params.late[0] = 0;
+  const int block = blockIdx.y * gridDim.x + blockIdx.x, n_blocks = gridDim.x * gridDim.y;
+  for (int64_t i = block * kThreads + threadIdx.x; i < p.n * p.n_stages; i += n_blocks * kThreads) {
+    p.codes[i] = kUnknown;
+  }
 
   // Of each code, lane l has columns 8 l .. 8 l + 7, and those 256 further.
   constexpr int kOwn = kPartCodes / kWarps, kChunks = kMostWidth > 256 ? 2 : 1;

@@ -6,15 +6,16 @@
 namespace sparsemoe {
 
 // Four neighbouring elements of a row of `width`, zeros past its end; kPacked: width and stride are
-// multiples of 4 and rows begin on packs.
-template <bool kPacked, class T>
+// multiples of 4 and rows begin on packs; kOnce: of device memory, and not needed again soon.
+template <bool kPacked, bool kOnce = false, class T>
 __device__ inline float4 load4(const T* row, int column, int width) {
   using Word = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
   float v[4] = {0, 0, 0, 0};
   if constexpr (kPacked) {
     if (column < width) {
       Pack<T, 4> pack;
-      *reinterpret_cast<Word*>(&pack) = __ldg(reinterpret_cast<const Word*>(row + column));
+      const Word* const from = reinterpret_cast<const Word*>(row + column);
+      *reinterpret_cast<Word*>(&pack) = kOnce ? __ldcs(from) : __ldg(from);
       pack.unpack(v);
     }
   } else {
@@ -23,11 +24,18 @@ __device__ inline float4 load4(const T* row, int column, int width) {
   }
   return make_float4(v[0], v[1], v[2], v[3]);
 }
-template <bool kPacked, class T>
+template <bool kPacked, bool kOnce = false, class T>
 __device__ inline void store4(T* row, int column, int width, float4 value) {
+  using Word = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
   const float v[4] = {value.x, value.y, value.z, value.w};
   if constexpr (kPacked) {
-    if (column < width) *reinterpret_cast<Pack<T, 4>*>(row + column) = Pack<T, 4>::of(v);
+    if (column >= width) return;
+    const Pack<T, 4> pack = Pack<T, 4>::of(v);
+    if constexpr (kOnce) {
+      __stcs(reinterpret_cast<Word*>(row + column), reinterpret_cast<const Word&>(pack));
+    } else {
+      *reinterpret_cast<Pack<T, 4>*>(row + column) = pack;
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -61,11 +69,11 @@ template <int kPieces>
 struct Columns {
   float4 v[kPieces];
 
-  template <bool kPacked, class T>
+  template <bool kPacked, bool kOnce = false, class T>
   __device__ void load(const T* row, int first, int width) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      v[i] = load4<kPacked>(row, first + kWalkColumns * i + 4 * lane_id(), width);
+      v[i] = load4<kPacked, kOnce>(row, first + kWalkColumns * i + 4 * lane_id(), width);
     }
   }
   // Of a row that the kernel itself writes.
@@ -79,11 +87,11 @@ struct Columns {
       v[i].w = column + 3 < width ? row[column + 3] : 0.0f;
     }
   }
-  template <bool kPacked, class T>
+  template <bool kPacked, bool kOnce = false, class T>
   __device__ void store(T* row, int first, int width) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      store4<kPacked>(row, first + kWalkColumns * i + 4 * lane_id(), width, v[i]);
+      store4<kPacked, kOnce>(row, first + kWalkColumns * i + 4 * lane_id(), width, v[i]);
     }
   }
   __device__ void clear() {

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// With `early`, the kernel before may still look for the codes of some vectors, which it or a later
-// one finishes. Only the last block waits for it: others may have to run where those have run.
+// With `early`, the kernel before may still look for codes. Only the last block waits for all of
+// them: others may have to run where those have run.
 template <class T, int kPieces, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const RvqEncodeParams p, int64_t begin, int64_t end, bool early) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const RvqDecodeParams 
       e.template load<kPacked>(static_cast<const T*>(p.codebooks) + at, first, width);
       sum.add(e);
     }
-    sum.template store<kPacked>(static_cast<T*>(p.y) + row * width, first, width);
+    sum.template store<kPacked, true>(static_cast<T*>(p.y) + row * width, first, width);
   }
 }
 

@@ -16,4 +16,13 @@ __device__ inline bool nearer(float distance, int code, float than, int than_cod
   return distance < than || (distance == than && code < than_code);
 }
 
+// The lower distance, or of equals the lower code, over so many neighbouring lanes.
+__device__ inline void least_of(float& distance, int& code, int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    const float other = __shfl_xor_sync(kFullWarp, distance, step);
+    const int other_code = __shfl_xor_sync(kFullWarp, code, step);
+    if (nearer(other, other_code, distance, code)) distance = other, code = other_code;
+  }
+}
+
 }  // namespace sparsemoe

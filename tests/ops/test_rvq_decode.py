@@ -47,6 +47,7 @@ def test_decode_of_many_vectors(device, n, width, n_codes, n_stages):
         codes = some_codes(n, n_codes, n_stages, device)
         expected = reference.decode(codes, codebooks.float())
         assert torch.equal(rvq.decode(codes, codebooks), expected.to(dtype))
+        assert torch.equal(rvq.decode(codes[1:], codebooks), expected[1:].to(dtype))
 
 
 def test_decode_shapes_and_strides(device):
