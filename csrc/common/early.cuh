@@ -9,8 +9,8 @@
 
 namespace sparsemoe {
 
-// Waits until the last kernel has ended. What it has written must not be read by load() or __ldg(),
-// which may be moved to before the wait.
+// Waits until the last kernel has ended. What it has written must not be read by load() or __ldg()
+// right after it: they may be moved to before the wait.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

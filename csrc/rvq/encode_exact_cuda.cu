@@ -5,7 +5,8 @@
 #include "common/early.cuh"
 #include "rvq/encode_hopper.h"
 #include "rvq/encode_workspace.h"
-#include "rvq/finish.cuh"
+#include "rvq/residuals.cuh"
+#include "rvq/rows.h"
 #include "rvq/scale.cuh"
 #include "rvq/vector.cuh"
 
@@ -36,7 +37,7 @@ __device__ inline T* of_block(T* place, int block) {
 }
 
 // For few vectors that encode_few is not for: kBlocks blocks, a cluster, take one and share the
-// codes. Also finishes those that are late, be they few or those that exact_kernel took.
+// codes.
 template <int kBlocks, int kPieces, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 2) few_kernel(const ExactParams params) {
   constexpr int kAtOnce = 16 / kPieces, kWarps = kThreads / 32;
@@ -46,22 +47,14 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const ExactParams para
   const int width = int(p.width), n_codes = int(p.n_codes), lane = lane_id();
   const bool cosine = p.metric == Metric::cosine;
   float* const residual = params.residuals + int64_t(blockIdx.x) * width;  // a copy for each block
-  const int64_t count = params.late ? params.late[0] : p.n;
-  if (params.late) let_next_begin();
   const int64_t cluster = blockIdx.x / kBlocks, clusters = gridDim.x / kBlocks;
   const int warp_of_cluster = blockIdx.x % kBlocks * kWarps + warp_id();
-  for (int64_t at = cluster; at < count && count <= kMostFew; at += clusters) {
-    const int64_t vector = params.late ? params.late[2 + 2 * at] : at;
-    const int from = params.late ? params.late[3 + 2 * at] : 0;
+  for (int64_t vector = cluster; vector < p.n; vector += clusters) {
     int32_t* codes = p.codes + vector * p.n_stages;
     for (int d = threadIdx.x; d < width; d += kThreads) {
-      float v = element_of(p.x, p.dtype, vector * p.x_stride + d);
-      for (int q = 0; q < from; ++q) {
-        v -= static_cast<const float*>(p.codebooks)[(q * p.n_codes + codes[q]) * width + d];
-      }
-      residual[d] = v;
+      residual[d] = element_of(p.x, p.dtype, vector * p.x_stride + d);
     }
-    for (int stage = from; stage < int(p.n_stages); ++stage) {
+    for (int stage = 0; stage < int(p.n_stages); ++stage) {
       const float* codebook = static_cast<const float*>(p.codebooks) + stage * p.n_codes * width;
       float best = kInfinity;
       int code = 0;
@@ -115,10 +108,6 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const ExactParams para
       }
     }
     block_or_cluster_sync<kBlocks>();  // the others have read what this block found
-  }
-  const int64_t first = cluster + warp_of_cluster * clusters;
-  for (int64_t at = first; params.late && at < count; at += kBlocks * kWarps * clusters) {
-    finish_vector_of<kPieces, kPacked>(p, params.late[2 + 2 * at]);
   }
 }
 
@@ -242,29 +231,32 @@ int launch_few(const ExactParams& params, void* stream) {
   const bool packed = packs_of_4<float>(p.codebooks, p.width, p.width);
   return with_pieces(p.width, [&](auto pieces) {
     constexpr int kPieces = decltype(pieces)::value;
-    if constexpr (kBlocks > 1 && kPieces <= 4) return encode_few(params, stream);
-    const auto kernel =
-        packed ? few_kernel<kBlocks, kPieces, true> : few_kernel<kBlocks, kPieces, false>;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = kBlocks, attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = unsigned(std::min(p.n, kFewBlocks / kBlocks) * kBlocks);
-    config.blockDim = kThreads, config.stream = cudaStream_t(stream);
-    config.attrs = &attribute, config.numAttrs = kBlocks > 1 ? 1 : 0;
-    return int(cudaLaunchKernelEx(&config, kernel, params));
+    if constexpr (kBlocks > 1 && kPieces <= 4) {
+      return encode_few(params, stream);
+    } else {
+      const auto kernel =
+          packed ? few_kernel<kBlocks, kPieces, true> : few_kernel<kBlocks, kPieces, false>;
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = kBlocks, attribute.val.clusterDim.y = 1;
+      attribute.val.clusterDim.z = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = unsigned(std::min(p.n, kFewBlocks / kBlocks) * kBlocks);
+      config.blockDim = kThreads, config.stream = cudaStream_t(stream);
+      config.attrs = &attribute, config.numAttrs = kBlocks > 1 ? 1 : 0;
+      return int(cudaLaunchKernelEx(&config, kernel, params));
+    }
   });
 }
 
 }  // namespace
 
 int encode_exact(const ExactParams& p, void* stream) {
-  // The one of the two kernels that the number of vectors is not for does not look for codes. The
-  // last lets encode_finish begin.
+  // Of late vectors only the GPU knows how many there are: the one of the two kernels that it is not
+  // for does not look for codes. The last lets encode_finish begin.
   if (p.p.n > kMostFew) {
     const int error = launch_early(exact_kernel, unsigned(p.n_blocks), kThreads, 0, stream, p);
-    if (error != 0) return error;
+    if (error != 0 || !p.late) return error;
   }
   return runs_sm_90a() ? launch_few<8>(p, stream) : launch_few<1>(p, stream);
 }

@@ -50,6 +50,17 @@ __device__ inline void store_vector(const Columns<kPieces>& sum, const RvqEncode
   }
 }
 
+template <int kPieces, bool kPacked>
+__device__ inline void finish_late(const RvqEncodeParams& p, int64_t vector) {
+  if (p.dtype == DType::f32) {
+    finish_vector<float, kPieces, kPacked>(p, vector);
+  } else if (p.dtype == DType::f16) {
+    finish_vector<__half, kPieces, kPacked>(p, vector);
+  } else {
+    finish_vector<__nv_bfloat16, kPieces, kPacked>(p, vector);
+  }
+}
+
 // Each warp holds the residual and computes the distances of some codes. It asks for the next as
 // soon as it is done with one: which they are does not depend on the residual. Warp 0 also finishes
 // the vector; all finish those that exact_kernel took.
@@ -64,6 +75,7 @@ __global__ void __launch_bounds__(kThreads, kPieces < 4 ? 2 : 1) SPARSEMOE_CLUST
   const int width = int(p.width), n_codes = int(p.n_codes), n_stages = int(p.n_stages);
   const int lane = lane_id(), warp = cluster_rank() * (kThreads / 32) + warp_id();
   const bool cosine = p.metric == Metric::cosine;
+  cluster_sync();  // all its blocks run, and can be written to
   wait_for_previous();
   if (params.late) let_next_begin();
   const int64_t count = params.late ? params.late[0] : p.n;
@@ -141,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, kPieces < 4 ? 2 : 1) SPARSEMOE_CLUST
   }
   if (!params.late || count <= kMostFew) return;
   for (int64_t at = cluster + warp * clusters; at < count; at += kWarps * clusters) {
-    finish_vector_of<kPieces, kPacked>(p, params.late[2 + 2 * at]);
+    finish_late<kPieces, kPacked>(p, params.late[2 + 2 * at]);
   }
 #else
   __trap();

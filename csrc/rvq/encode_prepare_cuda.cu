@@ -28,8 +28,13 @@ __global__ void __launch_bounds__(kThreads)
   const bool cosine = p.metric == Metric::cosine;
   if (part == 0 && stage == 0 && threadIdx.x == 0) params.late[0] = 0;
   const int block = blockIdx.y * gridDim.x + blockIdx.x, n_blocks = gridDim.x * gridDim.y;
-  for (int64_t i = block * kThreads + threadIdx.x; i < p.n * p.n_stages; i += n_blocks * kThreads) {
-    p.codes[i] = kUnknown;
+  const int64_t total = p.n * p.n_stages;  // of codes, which begin on packs of four
+  for (int64_t i = block * kThreads + threadIdx.x; i < (total + 3) / 4; i += n_blocks * kThreads) {
+    if (4 * i + 4 <= total) {
+      reinterpret_cast<int4*>(p.codes)[i] = make_int4(kUnknown, kUnknown, kUnknown, kUnknown);
+    } else {
+      for (int64_t j = 4 * i; j < total; ++j) p.codes[j] = kUnknown;
+    }
   }
 
   // Of each code, lane l has columns 8 l .. 8 l + 7, and those 256 further.

@@ -7,7 +7,7 @@
 
 namespace sparsemoe {
 
-// The codes of a vector; codes[q] is asked of lane q % 32, for 32 stages at a time.
+// The codes of a vector, in order: 32 stages are held at a time, codes[q] by lane q % 32.
 class Codes {
  public:
   __device__ Codes(const int32_t* codes, int n_stages) : codes_(codes), n_(n_stages) { ask(0); }
@@ -24,12 +24,12 @@ class Codes {
     }
     return !__any_sync(kFullWarp, lane_id() < n_ && held_ == kLeft);
   }
-
- private:
+  // Looks up those of `stage`, a multiple of 32, and the 31 after it.
   __device__ void ask(int stage) {
     held_ = stage + lane_id() < n_ ? __ldcg(codes_ + stage + lane_id()) : -1;
   }
 
+ private:
   const int32_t* codes_;
   int n_, held_;
 };
@@ -48,7 +48,10 @@ __device__ void finish_vector(const RvqEncodeParams& p, int64_t row) {
   Codes codes(p.codes + row * n_stages, n_stages);
   if (!codes.known()) return;
   for (int first = 0; first < width; first += kPieces * kWalkColumns) {
-    if (first > 0) residual.template load<kPacked, true>(x, first, width);
+    if (first > 0) {
+      residual.template load<kPacked, true>(x, first, width);
+      codes.ask(0);
+    }
     sum.clear();
     for (int stage = 0; stage < n_stages; stage += kAtOnce) {
       Columns<kPieces> e[kAtOnce];
@@ -76,17 +79,6 @@ __device__ void finish_vector(const RvqEncodeParams& p, int64_t row) {
       }
     }
     sum.template store<kPacked, true>(y, first, width);
-  }
-}
-// The same for vectors of any type.
-template <int kPieces, bool kPacked>
-__device__ inline void finish_vector_of(const RvqEncodeParams& p, int64_t vector) {
-  if (p.dtype == DType::f32) {
-    finish_vector<float, kPieces, kPacked>(p, vector);
-  } else if (p.dtype == DType::f16) {
-    finish_vector<__half, kPieces, kPacked>(p, vector);
-  } else {
-    finish_vector<__nv_bfloat16, kPieces, kPacked>(p, vector);
   }
 }
 
