@@ -252,8 +252,8 @@ int launch_few(const ExactParams& params, void* stream) {
 }  // namespace
 
 int encode_exact(const ExactParams& p, void* stream) {
-  // Of late vectors only the GPU knows how many there are: the one of the two kernels that it is not
-  // for does not look for codes. The last lets encode_finish begin.
+  // Of late vectors only the GPU knows how many there are: the one of the two kernels that it is
+  // not for does not look for codes. The last lets encode_finish begin.
   if (p.p.n > kMostFew) {
     const int error = launch_early(exact_kernel, unsigned(p.n_blocks), kThreads, 0, stream, p);
     if (error != 0 || !p.late) return error;
