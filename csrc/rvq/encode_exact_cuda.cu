@@ -39,7 +39,7 @@ __device__ inline T* of_block(T* place, int block) {
 // For few vectors that encode_few is not for: kBlocks blocks, a cluster, take one and share the
 // codes.
 template <int kBlocks, int kPieces, bool kPacked>
-__global__ void __launch_bounds__(kThreads, 2) few_kernel(const ExactParams params) {
+__global__ void __launch_bounds__(kThreads, 2) few_any_width_kernel(const ExactParams params) {
   constexpr int kAtOnce = 16 / kPieces, kWarps = kThreads / 32;
   __shared__ float least[kWarps], of_block_least[2];
   __shared__ int found[kWarps], of_block_found[2];
@@ -234,8 +234,8 @@ int launch_few(const ExactParams& params, void* stream) {
     if constexpr (kBlocks > 1 && kPieces <= 4) {
       return encode_few(params, stream);
     } else {
-      const auto kernel =
-          packed ? few_kernel<kBlocks, kPieces, true> : few_kernel<kBlocks, kPieces, false>;
+      const auto kernel = packed ? few_any_width_kernel<kBlocks, kPieces, true>
+                                 : few_any_width_kernel<kBlocks, kPieces, false>;
       cudaLaunchAttribute attribute{};
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = kBlocks, attribute.val.clusterDim.y = 1;

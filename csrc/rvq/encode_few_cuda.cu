@@ -23,44 +23,6 @@ __device__ inline void store_in(T* place, T value, int rank) {
       : "memory");
 }
 
-template <int kPieces, bool kPacked>
-__device__ inline void load_vector(Columns<kPieces>& to, const RvqEncodeParams& p, int64_t vector) {
-  const int width = int(p.width);
-  const int64_t first = vector * p.x_stride;
-  if (p.dtype == DType::f32) {
-    to.template load<kPacked>(static_cast<const float*>(p.x) + first, 0, width);
-  } else if (p.dtype == DType::f16) {
-    to.template load<kPacked>(static_cast<const __half*>(p.x) + first, 0, width);
-  } else {
-    to.template load<kPacked>(static_cast<const __nv_bfloat16*>(p.x) + first, 0, width);
-  }
-}
-
-template <int kPieces, bool kPacked>
-__device__ inline void store_vector(const Columns<kPieces>& sum, const RvqEncodeParams& p,
-                                    int64_t vector) {
-  const int width = int(p.width);
-  if (p.dtype == DType::f32) {
-    sum.template store<kPacked>(static_cast<float*>(p.quantized) + vector * width, 0, width);
-  } else if (p.dtype == DType::f16) {
-    sum.template store<kPacked>(static_cast<__half*>(p.quantized) + vector * width, 0, width);
-  } else {
-    sum.template store<kPacked>(static_cast<__nv_bfloat16*>(p.quantized) + vector * width, 0,
-                                width);
-  }
-}
-
-template <int kPieces, bool kPacked>
-__device__ inline void finish_late(const RvqEncodeParams& p, int64_t vector) {
-  if (p.dtype == DType::f32) {
-    finish_vector<float, kPieces, kPacked>(p, vector);
-  } else if (p.dtype == DType::f16) {
-    finish_vector<__half, kPieces, kPacked>(p, vector);
-  } else {
-    finish_vector<__nv_bfloat16, kPieces, kPacked>(p, vector);
-  }
-}
-
 // Each warp holds the residual and computes the distances of some codes. It asks for the next as
 // soon as it is done with one: which they are does not depend on the residual. Warp 0 also finishes
 // the vector; all finish those that exact_kernel took.
@@ -91,7 +53,11 @@ __global__ void __launch_bounds__(kThreads, kPieces < 4 ? 2 : 1) SPARSEMOE_CLUST
     int32_t* const codes = p.codes + vector * n_stages;
     float* const errors = static_cast<float*>(p.errors) + vector * n_stages;
     Columns<kPieces> residual, e[kAtOnce];
-    load_vector<kPieces, kPacked>(residual, p, vector);
+    with_vector_type(p.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const T* x = static_cast<const T*>(p.x) + vector * p.x_stride;
+      residual.template load<kPacked>(x, 0, width);
+    });
     const auto load_next = [&](int i, int stage, int first) {
       load_code(e[i], stage, min(first + i * kWarps, n_codes - 1));
     };
@@ -149,11 +115,18 @@ __global__ void __launch_bounds__(kThreads, kPieces < 4 ? 2 : 1) SPARSEMOE_CLUST
       if (!(best < kInfinity)) code = 0;
       take(stage, code);
     }
-    if (warp == 0) store_vector<kPieces, kPacked>(sum, p, vector);
+    if (warp != 0) continue;
+    with_vector_type(p.dtype, [&](auto* type) {
+      sum.template store<kPacked>(static_cast<decltype(type)>(p.quantized) + vector * width, 0,
+                                  width);
+    });
   }
   if (!params.late || count <= kMostFew) return;
   for (int64_t at = cluster + warp * clusters; at < count; at += kWarps * clusters) {
-    finish_late<kPieces, kPacked>(p, params.late[2 + 2 * at]);
+    with_vector_type(p.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      finish_vector<T, kPieces, kPacked>(p, params.late[2 + 2 * at]);
+    });
   }
 #else
   __trap();

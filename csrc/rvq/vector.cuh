@@ -1,4 +1,4 @@
-// Single elements of vectors of any type, and choices among distances.
+// Vectors of any type, and choices among distances.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -10,6 +10,18 @@ __device__ inline float element_of(const void* x, DType dtype, int64_t at) {
   if (dtype == DType::f32) return static_cast<const float*>(x)[at];
   return dtype == DType::f16 ? to_float(static_cast<const __half*>(x)[at])
                              : to_float(static_cast<const __nv_bfloat16*>(x)[at]);
+}
+
+// Calls f with a null pointer to the type.
+template <class F>
+__device__ inline void with_vector_type(DType dtype, const F& f) {
+  if (dtype == DType::f32) {
+    f(static_cast<float*>(nullptr));
+  } else if (dtype == DType::f16) {
+    f(static_cast<__half*>(nullptr));
+  } else {
+    f(static_cast<__nv_bfloat16*>(nullptr));
+  }
 }
 
 __device__ inline bool nearer(float distance, int code, float than, int than_code) {
