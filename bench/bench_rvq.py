@@ -13,12 +13,12 @@ from torch import Tensor
 from bench import inputs_rvq, peers, plain_rvq, timing
 from bench.case import Call, Op, Table, backward, beside, call, captured, parameters, plain
 from bench.inputs import GPU
-from bench.inputs_rvq import HALF, Inputs, Shape
+from bench.inputs_rvq import HALF, LONG, MANY, Inputs, Shape
 from sparsemoe import nn
 from sparsemoe.ops import rvq as ops
 from sparsemoe.reference import rvq as reference
 
-SHAPES = [inputs_rvq.WIDE, inputs_rvq.DEEP, HALF] if GPU else inputs_rvq.CPU
+SHAPES = [inputs_rvq.WIDE, inputs_rvq.DEEP, HALF, LONG, MANY] if GPU else inputs_rvq.CPU
 DECAY = 0.9999  # so that the codes of the last call are nearly those of the first
 PEER = "vector-quantize-pytorch"
 
@@ -296,10 +296,15 @@ OPS = [
 
 
 def wanted(shape: Shape, op: Op, name: str) -> bool:
-    """The reference is there to be compared with. x in bfloat16 changes a few ops only. Compiled
-    expressions on the first shape only, since each compilation takes seconds. On a CPU one-hot
-    matrices and compiled sums are slow, and exact makes no difference."""
-    if name == "reference" or (name == "torch-compiled" and shape is not SHAPES[0]):
+    """The reference is there to be compared with. x in bfloat16 changes a few ops only, and long
+    vectors and many codes have other kernels for encode only. Compiled expressions on the first
+    shape, since each compilation takes seconds, and there. On a CPU one-hot matrices and compiled
+    sums are slow, and exact makes no difference."""
+    if name == "reference":
+        return False
+    if shape in (LONG, MANY):
+        return op.name in ("encode", "encode, inexact")
+    if name == "torch-compiled" and shape is not SHAPES[0]:
         return False
     if shape is HALF:
         return op.name.startswith(("encode", "training step"))

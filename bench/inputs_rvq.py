@@ -38,6 +38,8 @@ class Shape:
 
 WIDE = Shape("N=65536 D=512 K=1024 Q=4", 65536, 512, 1024, 4)
 DEEP = Shape("N=262144 D=128 K=1024 Q=8", 262144, 128, 1024, 8)
+LONG = Shape("N=65536 D=1024 K=1024 Q=4", 65536, 1024, 1024, 4)
+MANY = Shape("N=65536 D=256 K=16384 Q=1", 65536, 256, 16384, 1)
 HALF = replace(WIDE, name=f"{WIDE.name} bf16", dtype=torch.bfloat16)
 CPU = [Shape("N=8192 D=128 K=1024 Q=4", 8192, 128, 1024, 4, beam_vectors=512)]
 

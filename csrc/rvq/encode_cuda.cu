@@ -12,14 +12,18 @@ namespace {
 // So many vectors are finished while late ones are looked for, if there are any.
 constexpr int64_t kFinishedLast = 10240;
 
-// Whether the kernel for the tensor cores takes it. SPARSEMOE_KERNELS=portable leaves that out.
-bool for_hopper(const RvqEncodeParams& p, const RvqEncodeSpace& space) {
+bool on_hopper(const RvqEncodeParams& p, const RvqEncodeSpace& space) {
   const char* kernels = std::getenv("SPARSEMOE_KERNELS");
   if (!runs_sm_90a() || (kernels && std::strcmp(kernels, "portable") == 0)) return false;
+  return space.n_depths <= kMostGeneralDepths && p.n_stages <= kMostGeneralStages &&
+         p.n < INT32_MAX;
+}
+// Whether encode_tiles takes it, which is faster than encode_general.
+bool for_tiles(const RvqEncodeParams& p, const RvqEncodeSpace& space) {
   const bool packed = p.width % 4 == 0 && p.x_stride % 4 == 0 && uintptr_t(p.codebooks) % 16 == 0 &&
                       uintptr_t(p.x) % (p.dtype == DType::f32 ? 16 : 8) == 0;
   return packed && space.n_depths <= kMostDepths && p.n_codes <= kMostCodes &&
-         p.n_stages <= kMostStages && p.n < INT32_MAX;
+         p.n_stages <= kMostStages;
 }
 
 int tiles_of(int64_t depths, const hopper::EncodeTilesParams& t, void* stream) {
@@ -45,7 +49,8 @@ int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
   ExactParams exact{p, nullptr, reinterpret_cast<float*>(base + space.residuals), space.n_blocks};
   int64_t finished = 0;
   if (p.n_stages == 0) return encode_finish(p, 0, p.n, false, stream);
-  if (for_hopper(p, space)) {
+  bool early = false;
+  if (on_hopper(p, space)) {
     hopper::EncodeTilesParams t;
     t.p = p, t.n_tiles = space.n_tiles, t.n_parts = space.n_parts, t.n_padded = space.n_padded;
     t.tiles = base + space.tiles, t.norms2 = reinterpret_cast<float*>(base + space.norms2);
@@ -53,15 +58,20 @@ int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
     t.norms = reinterpret_cast<float*>(base + space.norms);
     t.constants = reinterpret_cast<hopper::StageConstants*>(base + space.constants);
     t.late = reinterpret_cast<int32_t*>(base + space.late);
+    t.residuals = exact.residuals;
     int error = hopper::prepare_tiles(t, space.n_depths, stream);
-    if (error == 0) error = tiles_of(space.n_depths, t, stream);
-    finished = std::max<int64_t>(p.n - kFinishedLast, 0);
+    if (error == 0) {
+      error = for_tiles(p, space) ? tiles_of(space.n_depths, t, stream)
+                                  : hopper::encode_general(t, space.n_depths, stream);
+    }
+    early = p.n_stages <= kMostEarlyStages;
+    if (early) finished = std::max<int64_t>(p.n - kFinishedLast, 0);
     if (error == 0) error = encode_finish(p, 0, finished, true, stream);
     if (error != 0) return error;
     exact.late = t.late;
   }
   const int error = encode_exact(exact, stream);
-  return error ? error : encode_finish(p, finished, p.n, exact.late != nullptr, stream);
+  return error ? error : encode_finish(p, finished, p.n, early, stream);
 }
 
 }  // namespace sparsemoe

@@ -229,23 +229,20 @@ template <int kBlocks>
 int launch_few(const ExactParams& params, void* stream) {
   const RvqEncodeParams& p = params.p;
   const bool packed = packs_of_4<float>(p.codebooks, p.width, p.width);
+  if (kBlocks > 1 && p.width <= kMostFewWidth) return encode_few(params, stream);
   return with_pieces(p.width, [&](auto pieces) {
     constexpr int kPieces = decltype(pieces)::value;
-    if constexpr (kBlocks > 1 && kPieces <= 4) {
-      return encode_few(params, stream);
-    } else {
-      const auto kernel = packed ? few_any_width_kernel<kBlocks, kPieces, true>
-                                 : few_any_width_kernel<kBlocks, kPieces, false>;
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = kBlocks, attribute.val.clusterDim.y = 1;
-      attribute.val.clusterDim.z = 1;
-      cudaLaunchConfig_t config{};
-      config.gridDim = unsigned(std::min(p.n, kFewBlocks / kBlocks) * kBlocks);
-      config.blockDim = kThreads, config.stream = cudaStream_t(stream);
-      config.attrs = &attribute, config.numAttrs = kBlocks > 1 ? 1 : 0;
-      return int(cudaLaunchKernelEx(&config, kernel, params));
-    }
+    const auto kernel = packed ? few_any_width_kernel<kBlocks, kPieces, true>
+                               : few_any_width_kernel<kBlocks, kPieces, false>;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = kBlocks, attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = unsigned(std::min(p.n, kFewBlocks / kBlocks) * kBlocks);
+    config.blockDim = kThreads, config.stream = cudaStream_t(stream);
+    config.attrs = &attribute, config.numAttrs = kBlocks > 1 ? 1 : 0;
+    return int(cudaLaunchKernelEx(&config, kernel, params));
   });
 }
 

@@ -30,7 +30,8 @@ template <int kPieces, bool kPacked>
 __global__ void __launch_bounds__(kThreads, kPieces < 4 ? 2 : 1) SPARSEMOE_CLUSTER(8)
     few_kernel(const ExactParams params) {
 #if SPARSEMOE_HOPPER
-  constexpr int kAtOnce = 8, kSame = 32 / kAtOnce;  // lanes that look at the same code
+  constexpr int kAtOnce = kPieces < 8 ? 8 : 4,
+                kSame = 32 / kAtOnce;  // lanes that look at the same code
   __shared__ float least[2][kWarps];
   __shared__ int found[2][kWarps];
   const RvqEncodeParams& p = params.p;
@@ -140,7 +141,7 @@ int encode_few(const ExactParams& params, void* stream) {
   const bool packed = packs_of_4<float>(p.codebooks, p.width, p.width) &&
                       packs_of_4<float>(p.x, p.width, p.x_stride);
   return with_pieces(p.width, [&](auto pieces) {
-    constexpr int kPieces = decltype(pieces)::value < 4 ? decltype(pieces)::value : 4;
+    constexpr int kPieces = decltype(pieces)::value;
     const auto kernel = packed ? few_kernel<kPieces, true> : few_kernel<kPieces, false>;
     const int64_t room = std::max(multiprocessors() * (kPieces < 4 ? 2 : 1) / kBlocks, 1);
     const dim3 grid(unsigned(std::min(p.n, room) * kBlocks));

@@ -73,24 +73,9 @@ class Encoder : Residuals<kDepths, kWhole> {
       float sum[64];
       multiply(sum);
       end_multiply(sum);
-      if (tile + 1 == n_tiles) leave_out_padding(range, sum);
+      if (tile + 1 == n_tiles) leave_out_padding(int(p_.n_codes), n_tiles, range, sum);
       Best of_tile[2];
-      const float4* norms2 = s_.norms2[norm_tile_] + lane_id() % 4;
-#pragma unroll
-      for (int j = 0; j < 16; j += 2) {
-        const float4 four = norms2[2 * j];
-        const float norm2[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          uint32_t score[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float v = fmaf(norm2[i], weight[h], sum[4 * (j + i / 2) + 2 * h + i % 2]);
-            score[i] = __float_as_uint(v + base[h]) * to_index + uint32_t(2 * j + i);
-          }
-          of_tile[h].add(score);
-        }
-      }
+      score_tile(sum, s_.norms2[norm_tile_] + lane_id() % 4, weight, base, to_index, of_tile);
       barrier_arrive(&s_.norms_read[norm_tile_]);
       if (++norm_tile_ == kNormTiles<kDepths>) norm_tile_ = 0;
 #pragma unroll
@@ -100,24 +85,9 @@ class Encoder : Residuals<kDepths, kWhole> {
       }
     }
   }
-  // Scores of row h are below a power of two. Added to 13 times that, they are in the lowest 21
-  // bits of the sum, in units of 2^-20 of it, from -2^20 on.
-  static constexpr float kBase = 13;
   __device__ float range(int stage, int h) const {
-    const StageConstants& c = s_.constants[stage];
     const float weight = state_[h].scale / s_.scale[stage];
-    // The same bits wherever it is asked.
-    const float most = fmaf(state_[h].norm + state_[h].error, c.code, weight * c.norm2);
-    return __uint_as_float((__float_as_uint(1.01f * most) & 0x7f800000) + 0x00800000);
-  }
-  // Codes of the last tile that are not there get the highest score.
-  __device__ void leave_out_padding(const float (&range)[2], float (&sum)[64]) const {
-    const int n_left = int(p_.n_codes - (t_.n_tiles - 1) * kTileCodes) - 2 * (lane_id() % 4);
-    if (n_left >= kTileCodes - 6) return;
-#pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      if (i / 4 * 8 + i % 2 >= n_left) sum[i] = (1 - 0x1p-20f) * range[i / 2 % 2];
-    }
+    return range_of_scores(state_[h].norm, state_[h].error, weight, s_.constants[stage]);
   }
   // Begins to multiply by the next tile. Two warpgroups take turns, the next from the middle of the
   // last on, so that one looks at its scores while the other multiplies; three need not be told.
@@ -158,18 +128,13 @@ class Encoder : Residuals<kDepths, kWhole> {
   // --- choosing ---
 
   __device__ static int code_of(uint32_t score, int lane) {
-    const uint32_t index = score & ((1u << kIndexBits) - 1);
-    return int((index >> 5) * kTileCodes + (index % 32 / 2) * 8 + 2 * (lane % 4) + index % 2);
+    return int((score & kAllIndexBits) >> 5) * int(kTileCodes) + code_in_tile(score, lane);
   }
 
-  // How far above the lowest score of row h that of the nearest code can be.
   __device__ float slack(int stage, int h) const {
-    const StageConstants& c = s_.constants[stage];
     const float weight = state_[h].scale / s_.scale[stage];
-    const float products = state_[h].norm * c.code, norms = weight * c.norm2;
-    const float rounding = state_[h].error * c.code + state_[h].norm * c.rounding;
-    const float sums = (4 * kDepths + 4) * 0x1p-22f * products + 0x1p-18f * norms;
-    return 2 * (rounding + sums + range(stage, h) * 0x1p-20f);
+    return slack_of_scores(state_[h].norm, state_[h].error, weight, s_.constants[stage],
+                           4 * kDepths, range(stage, h));
   }
 
   __device__ void choose(int stage, const Kept (&kept)[2], int (&code)[2]) {
@@ -182,8 +147,7 @@ class Encoder : Residuals<kDepths, kWhole> {
       uint32_t lowest = min(own, __shfl_xor_sync(kFullWarp, own, 1));
       lowest = min(lowest, __shfl_xor_sync(kFullWarp, lowest, 2));
       const float above = slack(stage, h), unit = range(stage, h) * 0x1p-20f;
-      const uint32_t most = (lowest >> kIndexBits) + uint32_t(fminf(above / unit, 0x1p21f)) + 1;
-      const uint32_t limit = min(most, kMostScore - 1) << kIndexBits | ((1u << kIndexBits) - 1);
+      const uint32_t limit = highest_candidate(lowest, above, unit);
       const unsigned has = __ballot_sync(kFullWarp, own == lowest) >> quad & 15;
       code[h] = __shfl_sync(kFullWarp, code_of(own, lane_id()), quad + max(__ffs(has) - 1, 0));
       candidates[h] = 0;  // bit 4 i + l: the i-th of these scores, in lane l of the quad
@@ -326,21 +290,7 @@ __global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER
   }
   wait_for_previous();
   for (int stage = warp_id(); stage < int(params.p.n_stages); stage += Of::kThreads / 32) {
-    const StageConstants* of = params.constants + int64_t(stage) * (params.n_parts + 1);
-    StageConstants most{};
-    for (int i = lane_id(); i < int(params.n_parts); i += 32) {
-      most.code = larger(most.code, of[i].code);
-      most.rounding = larger(most.rounding, of[i].rounding);
-      most.norm2 = larger(most.norm2, of[i].norm2);
-    }
-    for (int step = 16; step > 0; step /= 2) {
-      most.code = larger(most.code, __shfl_xor_sync(kFullWarp, most.code, step));
-      most.rounding = larger(most.rounding, __shfl_xor_sync(kFullWarp, most.rounding, step));
-      most.norm2 = larger(most.norm2, __shfl_xor_sync(kFullWarp, most.norm2, step));
-    }
-    most.other = of[params.n_parts].other;
-    s.constants[stage] = most;
-    s.scale[stage] = of[params.n_parts].code;
+    s.constants[stage] = constants_of(params, stage, s.scale[stage]);
   }
   cluster_sync();
   let_next_begin();

@@ -23,6 +23,7 @@ struct EncodeTilesParams {
   float* norms;               // [n_stages, n_codes], for Metric::cosine
   StageConstants* constants;  // [n_stages, n_parts + 1]
   int32_t* late;              // {count, -}, then {vector, stage} of each that is left to others
+  float* residuals;           // for encode_general, [blocks, 64, depths * 64]
 };
 
 int prepare_tiles(const EncodeTilesParams& p, int64_t depths, void* stream);
@@ -30,6 +31,9 @@ int prepare_tiles(const EncodeTilesParams& p, int64_t depths, void* stream);
 // blocks run.
 template <int kDepths>
 int encode_tiles(const EncodeTilesParams& p, void* stream);
+// The same for up to kMostGeneralDepths * 64 columns that need not be a multiple of 4, any number
+// of codes, and up to kMostGeneralStages.
+int encode_general(const EncodeTilesParams& p, int64_t depths, void* stream);
 
 }  // namespace hopper
 
@@ -42,7 +46,7 @@ struct ExactParams {
   int64_t n_blocks;
 };
 int encode_exact(const ExactParams& p, void* stream);
-// Its part for few vectors of up to 512 columns, on Hopper; finishes those that are late.
+// Its part for few vectors of up to 1024 columns, on Hopper; finishes those that are late.
 int encode_few(const ExactParams& p, void* stream);
 
 }  // namespace sparsemoe

@@ -5,6 +5,7 @@
 #include "common/hopper.cuh"
 #include "rvq/encode_hopper.h"
 #include "rvq/encode_workspace.h"
+#include "rvq/scale.cuh"
 
 namespace sparsemoe {
 namespace hopper {
@@ -54,6 +55,25 @@ struct Shared {
   unsigned several[Of::kGroups][4];  // of each warp, vectors with several candidates
   int nearest[Of::kGroups][64];      // of the candidates of a vector
 };
+
+// By a warp: of all parts of the tiles of a stage together, and the stage's scale.
+__device__ inline StageConstants constants_of(const EncodeTilesParams& t, int stage, float& scale) {
+  const StageConstants* of = t.constants + int64_t(stage) * (t.n_parts + 1);
+  StageConstants most{};
+  for (int i = lane_id(); i < int(t.n_parts); i += 32) {
+    most.code = larger(most.code, of[i].code);
+    most.rounding = larger(most.rounding, of[i].rounding);
+    most.norm2 = larger(most.norm2, of[i].norm2);
+  }
+  for (int step = 16; step > 0; step /= 2) {
+    most.code = larger(most.code, __shfl_xor_sync(kFullWarp, most.code, step));
+    most.rounding = larger(most.rounding, __shfl_xor_sync(kFullWarp, most.rounding, step));
+    most.norm2 = larger(most.norm2, __shfl_xor_sync(kFullWarp, most.norm2, step));
+  }
+  most.other = of[t.n_parts].other;
+  scale = of[t.n_parts].code;
+  return most;
+}
 
 // A place in the ring.
 struct Place {

@@ -1,6 +1,8 @@
-// The lowest scores of a vector that a thread keeps. See encode_hopper.cuh.
+// Scores of codes, and the lowest of a vector that a thread keeps. See encode_hopper.cuh.
 #pragma once
 
+#include "common/cuda.cuh"
+#include "rvq/encode_hopper.h"
 #include "rvq/encode_workspace.h"
 
 namespace sparsemoe {
@@ -12,7 +14,8 @@ namespace hopper {
 constexpr int kIndexBits = 11;  // tile, then code in the tile
 static_assert(kMostCodes / kTileCodes * 32 == 1 << kIndexBits, "a thread has 32 codes of a tile");
 constexpr uint32_t kNoScore = ~0u, kMostScore = (1u << (32 - kIndexBits)) - 1;
-constexpr float kMostSlack = 1e30f;  // of scores; keeps `range` finite
+constexpr uint32_t kAllIndexBits = (1u << kIndexBits) - 1;
+constexpr float kMostSlack = 1e30f;  // of scores; keeps the range finite
 
 // Of a thread: the two lowest scores, and the lowest of those that were dropped.
 struct Best {
@@ -60,6 +63,65 @@ struct Kept {
     return score;
   }
 };
+
+// Scores are below a power of two, their range. Added to 13 times that, they are in the lowest 21
+// bits of the sum, in units of 2^-20 of it, from -2^20 on. The norm of the residual, and the error
+// of what the tensor cores see of it, are scaled, and by `weight` are norms of codes.
+constexpr float kBase = 13;
+__device__ inline float range_of_scores(float norm, float error, float weight,
+                                        const StageConstants& c) {
+  // The same bits wherever it is asked.
+  const float most = fmaf(norm + error, c.code, weight * c.norm2);
+  return __uint_as_float((__float_as_uint(1.01f * most) & 0x7f800000) + 0x00800000);
+}
+// How far above the lowest score that of the nearest code can be, of a sum of so many products.
+__device__ inline float slack_of_scores(float norm, float error, float weight,
+                                        const StageConstants& c, int n_products, float range) {
+  const float products = norm * c.code, norms = weight * c.norm2;
+  const float rounding = error * c.code + norm * c.rounding;
+  const float sums = (n_products + 4) * 0x1p-22f * products + 0x1p-18f * norms;
+  return 2 * (rounding + sums + range * 0x1p-20f);
+}
+// The highest score of a code that may be the nearest.
+__device__ inline uint32_t highest_candidate(uint32_t lowest, float slack, float unit) {
+  const uint32_t most = (lowest >> kIndexBits) + uint32_t(fminf(slack / unit, 0x1p21f)) + 1;
+  return min(most, kMostScore - 1) << kIndexBits | kAllIndexBits;
+}
+
+// Of the products of a tile and two rows. norms2 begins with the lane's.
+__device__ inline void score_tile(const float (&sum)[64], const float4* norms2,
+                                  const float (&weight)[2], const float (&base)[2],
+                                  uint32_t to_index, Best (&of_tile)[2]) {
+#pragma unroll
+  for (int j = 0; j < 16; j += 2) {
+    const float4 four = norms2[2 * j];
+    const float norm2[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t score[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float v = fmaf(norm2[i], weight[h], sum[4 * (j + i / 2) + 2 * h + i % 2]);
+        score[i] = __float_as_uint(v + base[h]) * to_index + uint32_t(2 * j + i);
+      }
+      of_tile[h].add(score);
+    }
+  }
+}
+// Codes of the last tile that are not there get the highest score.
+__device__ inline void leave_out_padding(int n_codes, int n_tiles, const float (&range)[2],
+                                         float (&sum)[64]) {
+  const int n_left = n_codes - (n_tiles - 1) * int(kTileCodes) - 2 * (lane_id() % 4);
+  if (n_left >= kTileCodes - 6) return;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    if (i / 4 * 8 + i % 2 >= n_left) sum[i] = (1 - 0x1p-20f) * range[i / 2 % 2];
+  }
+}
+// Of a score of a thread: its place in the tile.
+__device__ inline int code_in_tile(uint32_t score, int lane) {
+  return int((score & 31) / 2 * 8 + 2 * (lane % 4) + (score & 1));
+}
 
 }  // namespace hopper
 }  // namespace sparsemoe

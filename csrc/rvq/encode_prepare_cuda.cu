@@ -16,7 +16,7 @@ constexpr int kSamples = 4;  // of a warp
 // differences of distances, and by a power of two to norms below 8, give or take: both from a
 // sample of the codes. Any center and scale is right; good ones keep the errors of the scores
 // small. All that is read is asked for at once.
-template <int kMostWidth>
+template <int kMostWidth, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const EncodeTilesParams params, const int depths) {
   __shared__ __align__(16) float center[kMostWidth], part_of_center[kWarps][kMostWidth];
@@ -38,25 +38,30 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   // Of each code, lane l has columns 8 l .. 8 l + 7, and those 256 further.
-  constexpr int kOwn = kPartCodes / kWarps, kChunks = kMostWidth > 256 ? 2 : 1;
+  constexpr int kOwn = kPartCodes / kWarps, kChunks = kMostWidth > 256 ? kMostWidth / 256 : 1;
   const int first = part * int(kPartCodes) + warp * kOwn;
   float4 own[kOwn][kChunks][2];
+  const auto load_own = [&] {
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const float* row = codebook + int64_t(min(first + i, n_codes - 1)) * width;
+    for (int i = 0; i < kOwn; ++i) {
+      const float* row = codebook + int64_t(min(first + i, n_codes - 1)) * width;
 #pragma unroll
-    for (int c = 0; c < 2 * kChunks; ++c) {
-      const float4 v = load4<true>(row, 256 * (c / 2) + 8 * lane + 4 * (c % 2), width);
-      own[i][c / 2][c % 2] = first + i < n_codes ? v : make_float4(0, 0, 0, 0);
+      for (int c = 0; c < 2 * kChunks; ++c) {
+        const int column = 256 * (c / 2) + 8 * lane + 4 * (c % 2);
+        const float4 v = load4<kPacked>(row, column, width);
+        own[i][c / 2][c % 2] = first + i < n_codes ? v : make_float4(0, 0, 0, 0);
+      }
     }
-  }
+  };
+  constexpr bool kRoom = kMostWidth <= 512;  // in registers, for these and the sample
+  if (kRoom) load_own();
   const int n_samples = min(n_codes, kWarps * kSamples);
   Columns<kMostWidth / kWalkColumns> sample[kSamples], sum;
   sum.clear();
 #pragma unroll
   for (int i = 0; i < kSamples; ++i) {
     const int s = min(warp * kSamples + i, n_samples - 1);
-    sample[i].template load<true>(codebook + int64_t(s) * n_codes / n_samples * width, 0, width);
+    sample[i].template load<kPacked>(codebook + int64_t(s) * n_codes / n_samples * width, 0, width);
   }
 #pragma unroll
   for (int i = 0; i < kSamples; ++i) {
@@ -104,6 +109,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  if (!kRoom) load_own();
   float most_code = 0, most_rounding = 0, most_norm2 = 0;
   const int tile = part / int(kTileCodes / kPartCodes);
   uint16_t* const tiles =
@@ -182,11 +188,15 @@ __global__ void __launch_bounds__(kThreads)
 
 int prepare_tiles(const EncodeTilesParams& params, int64_t depths, void* stream) {
   const dim3 grid(unsigned(params.n_parts), unsigned(params.p.n_stages));
-  const auto kernel = depths <= 2   ? prepare_kernel<128>
-                      : depths <= 4 ? prepare_kernel<256>
-                                    : prepare_kernel<kMostDepths * kTileDepth>;
-  kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(params, int(depths));
-  return int(cudaGetLastError());
+  const auto launch = [&](auto kernel) {
+    kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(params, int(depths));
+    return int(cudaGetLastError());
+  };
+  const bool packed = packs_of_4<float>(params.p.codebooks, params.p.width, params.p.width);
+  return with_pieces(params.p.width, [&](auto pieces) {
+    constexpr int kWidth = decltype(pieces)::value * kWalkColumns;
+    return packed ? launch(prepare_kernel<kWidth, true>) : launch(prepare_kernel<kWidth, false>);
+  });
 }
 
 }  // namespace hopper

@@ -9,10 +9,12 @@ namespace sparsemoe {
 constexpr int64_t kTileCodes = 128, kTileDepth = 64;
 // It is prepared by a block for each part of a tile.
 constexpr int64_t kPartCodes = 32;
+// What encode_tiles takes, and encode_general.
 constexpr int64_t kMostDepths = 8, kMostCodes = 8192, kMostStages = 32;
+constexpr int64_t kMostGeneralDepths = 16, kMostGeneralStages = 128;
 // The kernel that computes every distance takes 64 vectors at a time, and keeps their residuals.
 // Few vectors are taken one by one, each by several blocks with a copy of its own.
-constexpr int64_t kMostFew = 2048;
+constexpr int64_t kMostFew = 2048, kMostFewWidth = 1024;
 constexpr int64_t kExactRows = 64, kExactBlocks = 528, kFewBlocks = 264;
 
 // Offsets in bytes.
@@ -30,10 +32,12 @@ struct RvqEncodeSpace {
     n_padded = n_tiles * kTileCodes;
     n_parts = n_padded / kPartCodes;
     n_blocks = std::min((p.n + kExactRows - 1) / kExactRows, kExactBlocks);
+    const int64_t n_pairs = (n_blocks + 1) / 2;  // of encode_general's, with as many vectors
     bytes = 0;
     late = take((p.n + 1) * 8);
-    residuals = take(std::max(n_blocks * kExactRows, kFewBlocks) * p.width * 4);
-    const bool tiled = n_depths <= kMostDepths && p.n_codes <= kMostCodes;
+    residuals = take(std::max(std::max(n_blocks * kExactRows, kFewBlocks) * p.width * 4,
+                              n_pairs * 2 * kExactRows * n_depths * kTileDepth * 4));
+    const bool tiled = n_depths <= kMostGeneralDepths && p.n_stages <= kMostGeneralStages;
     const int64_t n_stages = tiled ? p.n_stages : 0;
     tiles = take(n_stages * n_padded * n_depths * kTileDepth * 2);
     norms2 = take(n_stages * n_padded * 4);

@@ -38,13 +38,27 @@ SIZES = [  # vectors, width, codes, stages
     (2, 64, 8192, 2),
     (3, 2, 70000, 1),
     (5, 1100, 4, 40),
+    (66, 770, 300, 5),
+    (65, 66, 40, 33),
+    (5, 6, 9, 130),
+    (9, 130, 30000, 2),
 ]
-LARGE = [
+LARGE = [  # the last ones by other kernels of a GPU: width, alignment, codes, stages
     (70000, 64, 256, 2),
     (40000, 320, 256, 2),
     (20000, 128, 1024, 4),
     (5000, 512, 1024, 8),
     (3000, 96, 8192, 2),
+    (40000, 514, 300, 3),
+    (20000, 1024, 1024, 2),
+    (9000, 1023, 129, 2),
+    (5000, 250, 1000, 3),
+    (70000, 33, 100, 2),
+    (3000, 64, 8200, 2),
+    (2000, 12, 60000, 2),
+    (1000, 600, 17000, 2),
+    (3000, 20, 300, 60),
+    (3000, 1028, 64, 2),
 ]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -92,7 +106,7 @@ def test_many_vectors(n, width, n_codes, n_stages, options):
 
 @needs_gpu
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize("n, width", [(60000, 64), (40000, 320)])
+@pytest.mark.parametrize("n, width", [(60000, 64), (40000, 320), (60000, 63), (20000, 700)])
 def test_many_vectors_that_candidates_do_not_separate(n, width, metric):
     """Of several rounds of the kernel on the tensor cores, which leaves most of them to another."""
     x, codebooks = gaussian(n, width, 128, 2, "cuda")
@@ -101,25 +115,42 @@ def test_many_vectors_that_candidates_do_not_separate(n, width, metric):
     check(x, codebooks, metric=metric)
 
 
+@needs_gpu
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("width", [30, 520])
+def test_many_codes_of_which_many_are_equal(width, exact):
+    """The codes are searched in pieces, of which several have the nearest code."""
+    x, codebooks = gaussian(700, width, 60000, 2, "cuda")
+    codebooks[:, 50:100] = codebooks[:, :1]  # more than a thread keeps
+    codebooks[:, 30000:] = codebooks[:, :30000]
+    x[::5] = codebooks[0, 0] + 0.1 * x[::5]
+    found = check(x, codebooks, exact=exact)
+    assert (found.codes < 30000).all()
+
+
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
 def test_data(device, data):
     check(*data(257, 48, 130, 3, device))
     check(*data(65, 128, 300, 4, device))
+    check(*data(130, 37, 300, 3, device))
+    check(*data(65, 516, 130, 3, device))
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
 def test_data_of_every_dtype(device, data):
     """Not huge in half precision, where that would be infinite."""
     for dtype in dtypes(device):
-        x, codebooks = data(66, 40, 70, 2, device)
-        x = x.to(dtype)
-        if x.isfinite().all():
-            check(x, codebooks.to(real(dtype)))
+        for width in (40, 39):
+            x, codebooks = data(66, width, 70, 2, device)
+            x = x.to(dtype)
+            if x.isfinite().all():
+                check(x, codebooks.to(real(dtype)))
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
 def test_cosine(device, data):
     check(*data(129, 48, 130, 3, device), metric="cosine")
+    check(*data(129, 50, 130, 3, device), metric="cosine")
 
 
 def test_cosine_of_every_dtype(device):
@@ -186,8 +217,9 @@ def test_strided_codebooks(device):
 
 
 @pytest.mark.parametrize("metric", rvq.METRICS)
-def test_a_vector_does_not_depend_on_its_neighbours(device, metric):
-    x, codebooks = gaussian(150, 50, 200, 3, device)
+@pytest.mark.parametrize("width", [50, 52, 515])
+def test_a_vector_does_not_depend_on_its_neighbours(device, metric, width):
+    x, codebooks = gaussian(150, width, 200, 3, device)
     whole = rvq.encode(x, codebooks, metric=metric)
     for begin, end in ((0, 1), (7, 8), (149, 150), (30, 95)):
         part = rvq.encode(x[begin:end], codebooks, metric=metric)
@@ -208,8 +240,9 @@ def test_codes_do_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_in_a_vector_stay_there(device, bad):
-    clean, codebooks = gaussian(130, 40, 70, 3, device)
+@pytest.mark.parametrize("width", [40, 41])
+def test_nan_and_infinity_in_a_vector_stay_there(device, bad, width):
+    clean, codebooks = gaussian(130, width, 70, 3, device)
     codebooks[:, 0] += 100  # code 0 is no one's choice
     for dtype in dtypes(device):
         expected = rvq.encode(clean.to(dtype), codebooks.to(real(dtype)))
@@ -226,8 +259,9 @@ def test_nan_and_infinity_in_a_vector_stay_there(device, bad):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_code_that_is_not_finite_is_never_chosen(device, bad):
-    x, codebooks = gaussian(130, 40, 70, 3, device)
+@pytest.mark.parametrize("width", [40, 41])
+def test_a_code_that_is_not_finite_is_never_chosen(device, bad, width):
+    x, codebooks = gaussian(130, width, 70, 3, device)
     wrong = torch.rand(3, 70, device=device) < 0.3
     wrong[:, 0] = wrong[:, -1] = True
     spoilt = codebooks.clone()
@@ -241,8 +275,9 @@ def test_a_code_that_is_not_finite_is_never_chosen(device, bad):
 
 def test_without_the_last_step(device):
     for dtype in dtypes(device):
-        x, codebooks = gaussian(300, 64, 256, 3, device)
-        check(x.to(dtype), codebooks.to(real(dtype)), exact=False)
+        for width in (64, 65):
+            x, codebooks = gaussian(300, width, 256, 3, device)
+            check(x.to(dtype), codebooks.to(real(dtype)), exact=False)
 
 
 def test_errors_fall_with_the_stages(device):

@@ -1,0 +1,320 @@
+// Encoding on Hopper's tensor cores for the shapes that encode_hopper.cuh does not take: any width
+// up to 1024, any number of codes, more stages.
+//
+// Scores and candidates are those of encode_hopper.cuh, and codes come into shared memory in the
+// same way. But a block takes 64 vectors, whose residuals are in device memory in float32 and, in
+// half precision, in shared memory. All its warpgroups multiply by them, each the tiles of codes
+// whose turn it is.
+#include "common/early.cuh"
+#include "rvq/encode_general.cuh"
+
+namespace sparsemoe {
+namespace hopper {
+namespace general {
+
+// product_128 of an operand that is in shared memory too.
+__device__ inline void product_128_shared(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
+      " wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16\n {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},\n"
+      " %64, %65, p, 1, 1, 0, 0;\n}"
+      : SPARSEMOE_D16(0), SPARSEMOE_D16(16), SPARSEMOE_D16(32), SPARSEMOE_D16(48)
+      : "l"(a), "l"(b), "r"(int(accumulate)));
+}
+
+template <int kPieces, bool kPacked>
+class Searcher : Residuals<kPieces, kPacked> {
+  using Base = Residuals<kPieces, kPacked>;
+  using Base::all_meet;
+  using Base::code_at;
+  using Base::depths_;
+  using Base::first_row_;
+  using Base::leave;
+  using Base::load_residual;
+  using Base::moves;
+  using Base::next_residuals;
+  using Base::operands_;
+  using Base::p_;
+  using Base::s_;
+  using Base::separated;
+  using Base::t_;
+  using Base::warp_;
+  using Base::width_;
+  using Of = Threads<kPieces>;
+  using Row = Columns<kPieces>;
+
+ public:
+  __device__ Searcher(const GeneralParams& params, GeneralShared& s, char* ring)
+      : Base(params, s, ring + params.slots * kStepBytes),
+        ring_(ring),
+        group_(threadIdx.x / 128 - 1),
+        slots_(params.slots),
+        slot_(group_ * depths_ % slots_),
+        norms_(group_),
+        tile_(group_) {}
+
+  __device__ void run() {
+    const int n_tiles = int(t_.n_tiles);
+    for (int64_t first = first_of_cluster(); first < p_.n; first += cluster_stride()) {
+      first_row_ = first + cluster_rank() * kRows;
+      next_residuals(-1);
+      all_meet();
+      for (int stage = 0; stage < int(p_.n_stages); ++stage) {
+        for (int begin = 0; begin < n_tiles; begin += kPieceTiles * Of::kGroups) {
+          const int end = min(begin + kPieceTiles * Of::kGroups, n_tiles), first_tile = tile_;
+          Kept kept[2];
+          score_codes(end, kept);
+          find_candidates(begin > 0, first_tile, kept);
+          choose(stage, begin > 0);
+          all_meet();
+        }
+        next_residuals(stage);
+        all_meet();
+        tile_ -= n_tiles;
+      }
+    }
+  }
+
+ private:
+  // --- scores ---
+
+  __device__ void score_codes(int end, Kept (&kept)[2]) {
+    float weight[2], range[2], base[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const State& state = s_.states[place_of(h)];
+      weight[h] = state.weight, range[h] = state.range, base[h] = kBase * range[h];
+    }
+    const int n_tiles = int(t_.n_tiles);
+    // As in encode_hopper.cuh.
+    const uint32_t to_index = __shfl_sync(kFullWarp, 1u << kIndexBits, 0);
+    for (uint32_t turn = 0; tile_ < end; ++turn, tile_ += Of::kGroups) {
+      float sum[64];
+      multiply(sum);
+      if (tile_ + 1 == n_tiles) leave_out_padding(int(p_.n_codes), n_tiles, range, sum);
+      Best of_tile[2];
+      score_tile(sum, s_.norms2[norms_] + lane_id() % 4, weight, base, to_index, of_tile);
+      __syncwarp();
+      if (lane_id() == 0) barrier_arrive(&s_.norms_read[norms_]);
+      norms_ = (norms_ + Of::kGroups) % kNorms;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        of_tile[h].set_bits(turn << 5);
+        kept[h].add(of_tile[h]);
+      }
+    }
+  }
+  // The row h of the thread in products.
+  __device__ int place_of(int h) const { return warp_ % 4 * 16 + lane_id() / 4 + 8 * h; }
+  // The next step is waited for while the last ones are multiplied.
+  __device__ void multiply(float (&sum)[64]) {
+    int held = slot_;
+    await_slot();
+    for (int depth = 0; depth < depths_; ++depth) {
+      products_begin();
+      const uint64_t a = matrix_descriptor(operands_ + depth * kOperandBytes, 16, 1024);
+      const uint64_t b = matrix_descriptor(ring_ + slot_ * kStepBytes, 16, 1024);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        product_128_shared(sum, a + 2 * i, b + 2 * i, depth + i > 0);
+      }
+      products_commit();
+      if (++slot_ == slots_) slot_ = 0;
+      if (depth > 1) release(held);
+      if (depth + 1 < depths_) await_slot();
+      products_wait<1>();
+    }
+    products_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 64; ++i) products_give(sum[i]);
+    if (depths_ > 1) release(held);
+    release(held);
+    slot_ = (slot_ + (Of::kGroups - 1) * depths_) % slots_;
+  }
+  __device__ void await_slot() {
+    barrier_wait(&s_.full[group_][slot_], phases_ >> slot_ & 1);
+    phases_ ^= 1u << slot_;
+  }
+  __device__ void release(int& slot) {
+    __syncwarp();
+    if (lane_id() < kCluster) barrier_arrive_at(&s_.empty[slot], lane_id());
+    if (++slot == slots_) slot = 0;
+  }
+
+  // --- choosing ---
+
+  // Of the row, in the tiles just looked at and the best of those before.
+  __device__ uint32_t lowest_of(int row, bool any_before) const {
+    uint32_t lowest = any_before ? s_.before_score[row] : kNoScore;
+#pragma unroll
+    for (int group = 0; group < Of::kGroups; ++group) lowest = min(lowest, s_.lowest[group][row]);
+    return lowest;
+  }
+  __device__ void add_candidate(int row, int code) {
+    const int at = atomicAdd(&s_.count[row], 1);
+    if (at < kMostCandidates) s_.candidates[row][at] = code;
+  }
+  __device__ void find_candidates(bool any_before, int first_tile, const Kept (&kept)[2]) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t lowest = kept[h].lowest();
+      lowest = min(lowest, __shfl_xor_sync(kFullWarp, lowest, 1));
+      lowest = min(lowest, __shfl_xor_sync(kFullWarp, lowest, 2));
+      if (lane % 4 != 0) continue;
+      s_.lowest[group_][place_of(h)] = lowest;
+      if (group_ == 0) s_.count[place_of(h)] = 0;
+    }
+    all_meet();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = place_of(h);
+      const State& state = s_.states[row];
+      const uint32_t lowest = lowest_of(row, any_before);
+      const uint32_t highest = highest_candidate(lowest, state.slack, state.range * 0x1p-20f);
+      const uint32_t limit = p_.exact ? highest : lowest | kAllIndexBits;
+#pragma unroll
+      for (int i = 0; i < 2 * kSets; ++i) {
+        const uint32_t score = kept[h].scores[i];
+        if (score > limit) continue;
+        const int tile = first_tile + Of::kGroups * int((score & kAllIndexBits) >> 5);
+        add_candidate(row, tile * int(kTileCodes) + code_in_tile(score, lane));
+      }
+      if (!(state.slack < kMostSlack) || (p_.exact && kept[h].dropped <= limit)) {
+        atomicAdd(&s_.count[row], kMostCandidates + 1);
+      }
+      if (any_before && group_ == 0 && lane % 4 == 0 && s_.before_score[row] <= limit) {
+        add_candidate(row, s_.before[row]);
+      }
+    }
+    all_meet();
+  }
+
+  // Of rows that have several candidates, the nearest becomes the first. Their order is not always
+  // the same, what is chosen is. The warps share the rows.
+  __device__ void choose(int stage, bool any_before) {
+    const int lane = lane_id(), own = threadIdx.x - 128;
+    int at = 0;
+#pragma unroll
+    for (int half = 0; half < kRows; half += 32) {
+      const int count = s_.count[half + lane];
+      const bool several = !s_.states[half + lane].left && count > 1 && count <= kMostCandidates;
+      for (unsigned rows = __ballot_sync(kFullWarp, several); rows; rows &= rows - 1, ++at) {
+        if (at % Of::kWarps != warp_) continue;
+        const int i = half + __ffs(rows) - 1, code = nearest(stage, i);
+        __syncwarp();
+        if (lane == 0) s_.candidates[i][0] = code;
+      }
+    }
+    if (t_.n_tiles <= kPieceTiles * Of::kGroups) return;
+    all_meet();
+    if (own >= kRows) return;
+    s_.before_score[own] = lowest_of(own, any_before), s_.before[own] = s_.candidates[own][0];
+    if (!separated(own)) leave(own, stage);
+  }
+  // Of the candidates of row i, in float32.
+  __device__ int nearest(int stage, int i) const {
+    Row residual;
+    load_residual(residual, i);
+    float least = kInfinity;
+    int found = 0x7fffffff;
+    const int count = s_.count[i];
+#pragma unroll 2
+    for (int k = 0; k < count; ++k) {
+      const int code = s_.candidates[i][k];
+      Row e;
+      e.template load<kPacked>(code_at(stage, code), 0, width_);
+      const float d = distance(stage, code, e, residual);
+      if (nearer(d, code, least, found)) least = d, found = code;
+    }
+    return found < int(p_.n_codes) ? found : 0;
+  }
+  __device__ float distance(int stage, int code, const Row& e, const Row& residual) const {
+    if (moves()) {
+      Row difference = residual;
+      difference.subtract(e);
+      return warp_sum(difference.sum_of_squares());
+    }
+    return -warp_sum(residual.product(e)) *
+           inverse_norm(__ldg(t_.norms + int64_t(stage) * p_.n_codes + code));
+  }
+
+  char* const ring_;
+  const int group_, slots_;
+  // Of the next tile that is this warpgroup's: its place in the ring and among norms, and in its
+  // stage.
+  int slot_, norms_, tile_;
+  uint32_t phases_ = 0;  // of the slots
+};
+
+template <int kPieces, bool kPacked>
+__global__ void __launch_bounds__(Threads<kPieces>::kAll, 1) SPARSEMOE_CLUSTER(2)
+    general_kernel(const __grid_constant__ GeneralParams params) {
+#if SPARSEMOE_HOPPER
+  using Of = Threads<kPieces>;
+  extern __shared__ __align__(1024) char memory[];
+  const EncodeTilesParams& t = params.t;
+  GeneralShared& s = *reinterpret_cast<GeneralShared*>(memory + params.slots * kStepBytes +
+                                                       params.depths * kOperandBytes);
+  if (threadIdx.x == 0) {
+    for (auto& of_group : s.full) {
+      for (auto& full : of_group) barrier_init(&full, 1);
+    }
+    for (auto& empty : s.empty) barrier_init(&empty, 4 * kCluster);  // of a warpgroup of each block
+    for (auto& read : s.norms_read) barrier_init(&read, 4);
+    barriers_ready();
+  }
+  wait_for_previous();
+  for (int stage = warp_id(); stage < int(t.p.n_stages); stage += Of::kAll / 32) {
+    s.constants[stage] = constants_of(t, stage, s.scale[stage]);
+  }
+  cluster_sync();
+  let_next_begin();
+  if (threadIdx.x < 128) {
+    registers_lower_to<Of::kLoadRegisters>();
+    if (threadIdx.x == 0) send_all_codes<Of::kGroups>(params, s, memory);
+  } else {
+    registers_raise_to<Of::kMultiplyRegisters>();
+    Searcher<kPieces, kPacked>(params, s, memory).run();
+  }
+  cluster_sync();  // nothing is on its way to a block that has ended
+#else
+  __trap();
+#endif
+}
+
+template <int kPieces, bool kPacked>
+int launch(const EncodeTilesParams& t, int depths, void* stream) {
+  constexpr int kMostBytes = 227 * 1024;
+  const auto kernel = general_kernel<kPieces, kPacked>;
+  const int other_bytes = depths * kOperandBytes + int(sizeof(GeneralShared));
+  const int slots = std::min(kMostSlots, (kMostBytes - other_bytes) / kStepBytes);
+  const int bytes = slots * kStepBytes + other_bytes;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return int(error);
+  const int64_t clusters = std::min<int64_t>(ceil_div(t.p.n, kCluster * kRows),
+                                             std::max(multiprocessors() / kCluster, 1));
+  return launch_early(kernel, unsigned(kCluster * clusters), Threads<kPieces>::kAll, bytes, stream,
+                      GeneralParams{t, depths, slots});
+}
+
+}  // namespace general
+
+int encode_general(const EncodeTilesParams& t, int64_t depths, void* stream) {
+  const RvqEncodeParams& p = t.p;
+  const bool packed = packs_of_4<float>(p.codebooks, p.width, p.width) &&
+                      packs_of_4<float>(p.x, p.width, p.x_stride);
+  return with_pieces(p.width, [&](auto pieces) {
+    constexpr int kPieces = decltype(pieces)::value;
+    return packed ? general::launch<kPieces, true>(t, int(depths), stream)
+                  : general::launch<kPieces, false>(t, int(depths), stream);
+  });
+}
+
+}  // namespace hopper
+}  // namespace sparsemoe
