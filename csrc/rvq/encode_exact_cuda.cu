@@ -231,7 +231,7 @@ int launch_few(const ExactParams& params, void* stream) {
   const bool packed = packs_of_4<float>(p.codebooks, p.width, p.width);
   if (kBlocks > 1 && p.width <= kMostFewWidth) return encode_few(params, stream);
   return with_pieces(p.width, [&](auto pieces) {
-    constexpr int kPieces = decltype(pieces)::value;
+    constexpr int kPieces = kBlocks > 1 ? 8 : decltype(pieces)::value;
     const auto kernel = packed ? few_any_width_kernel<kBlocks, kPieces, true>
                                : few_any_width_kernel<kBlocks, kPieces, false>;
     cudaLaunchAttribute attribute{};

@@ -17,12 +17,13 @@ constexpr int kMostCandidates = 16;                 // of a vector
 constexpr int kPieceTiles = 1 << (kIndexBits - 5);  // of a warpgroup, that a score can tell apart
 constexpr int kOperandBytes = kRows * int(kTileDepth) * 2;
 
-// Registers: a warp holds whole vectors.
+// In registers a warp holds so many whole vectors, of kPieces x 128 columns, at a time.
 template <int kPieces>
 struct Threads {
   static constexpr int kGroups = kPieces >= 4 ? 2 : 3, kAll = 128 * (1 + kGroups);
   static constexpr int kWarps = 4 * kGroups, kMultiplying = 128 * kGroups;
-  static constexpr int kBatch = kPieces == 8 ? 1 : 2;  // so many vectors at a time
+  static_assert(kNorms % kGroups == 0, "their turns go round with the norms");
+  static constexpr int kBatch = kPieces == 8 ? 1 : 2;
   static constexpr int kLoadRegisters = 24, kMultiplyRegisters = kGroups == 3 ? 160 : 240;
 };
 

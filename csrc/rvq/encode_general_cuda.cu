@@ -155,6 +155,11 @@ class Searcher : Residuals<kPieces, kPacked> {
     return lowest;
   }
   __device__ void add_candidate(int row, int code) {
+    if (!p_.exact) {  // they seem alike
+      atomicMax(&s_.count[row], 1);
+      atomicMin(&s_.candidates[row][0], code);
+      return;
+    }
     const int at = atomicAdd(&s_.count[row], 1);
     if (at < kMostCandidates) s_.candidates[row][at] = code;
   }
@@ -167,7 +172,7 @@ class Searcher : Residuals<kPieces, kPacked> {
       lowest = min(lowest, __shfl_xor_sync(kFullWarp, lowest, 2));
       if (lane % 4 != 0) continue;
       s_.lowest[group_][place_of(h)] = lowest;
-      if (group_ == 0) s_.count[place_of(h)] = 0;
+      if (group_ == 0) s_.count[place_of(h)] = 0, s_.candidates[place_of(h)][0] = 0x7fffffff;
     }
     all_meet();
 #pragma unroll
@@ -228,19 +233,11 @@ class Searcher : Residuals<kPieces, kPacked> {
       const int code = s_.candidates[i][k];
       Row e;
       e.template load<kPacked>(code_at(stage, code), 0, width_);
-      const float d = distance(stage, code, e, residual);
+      const int64_t at = int64_t(stage) * p_.n_codes + code;
+      const float d = distance(residual, e, moves() ? nullptr : t_.norms + at);
       if (nearer(d, code, least, found)) least = d, found = code;
     }
     return found < int(p_.n_codes) ? found : 0;
-  }
-  __device__ float distance(int stage, int code, const Row& e, const Row& residual) const {
-    if (moves()) {
-      Row difference = residual;
-      difference.subtract(e);
-      return warp_sum(difference.sum_of_squares());
-    }
-    return -warp_sum(residual.product(e)) *
-           inverse_norm(__ldg(t_.norms + int64_t(stage) * p_.n_codes + code));
   }
 
   char* const ring_;
@@ -295,7 +292,7 @@ int launch(const EncodeTilesParams& t, int depths, void* stream) {
   const int slots = std::min(kMostSlots, (kMostBytes - other_bytes) / kStepBytes);
   const int bytes = slots * kStepBytes + other_bytes;
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
   if (error != cudaSuccess) return int(error);
   const int64_t clusters = std::min<int64_t>(ceil_div(t.p.n, kCluster * kRows),
                                              std::max(multiprocessors() / kCluster, 1));

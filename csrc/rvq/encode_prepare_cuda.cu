@@ -15,7 +15,7 @@ constexpr int kSamples = 4;  // of a warp
 // One block for each part of a tile of codes. Codes are moved by a center, which cancels in
 // differences of distances, and by a power of two to norms below 8, give or take: both from a
 // sample of the codes. Any center and scale is right; good ones keep the errors of the scores
-// small. All that is read is asked for at once.
+// small. All that is read is asked for at once, where registers hold it.
 template <int kMostWidth, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const EncodeTilesParams params, const int depths) {
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads)
   const float* codebook = static_cast<const float*>(p.codebooks) + int64_t(stage) * n_codes * width;
   const bool cosine = p.metric == Metric::cosine;
   if (part == 0 && stage == 0 && threadIdx.x == 0) params.late[0] = 0;
-  const int block = blockIdx.y * gridDim.x + blockIdx.x, n_blocks = gridDim.x * gridDim.y;
+  const int64_t n_blocks = int64_t(gridDim.x) * gridDim.y;
+  const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
   const int64_t total = p.n * p.n_stages;  // of codes, which begin on packs of four
   for (int64_t i = block * kThreads + threadIdx.x; i < (total + 3) / 4; i += n_blocks * kThreads) {
     if (4 * i + 4 <= total) {
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  // Of each code, lane l has columns 8 l .. 8 l + 7, and those 256 further.
+  // Of each code, lane l has columns 8 l .. 8 l + 7, and every 256 further.
   constexpr int kOwn = kPartCodes / kWarps, kChunks = kMostWidth > 256 ? kMostWidth / 256 : 1;
   const int first = part * int(kPartCodes) + warp * kOwn;
   float4 own[kOwn][kChunks][2];
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   };
-  constexpr bool kRoom = kMostWidth <= 512;  // in registers, for these and the sample
+  constexpr bool kRoom = kMostWidth <= 512;  // in registers
   if (kRoom) load_own();
   const int n_samples = min(n_codes, kWarps * kSamples);
   Columns<kMostWidth / kWalkColumns> sample[kSamples], sum;

@@ -43,8 +43,8 @@ def encode(
     but where two distances differ by less than float32 rounding of them. Of equally near codes
     the lowest. A distance that is not a number counts as infinite; if all are infinite, as for a
     vector with NaN, the code is 0. No distances are stored: the extra memory is one copy of the
-    codebooks and a few numbers a vector; on a GPU also up to 33,792 residuals, of vectors whose
-    distances are computed one by one.
+    codebooks and a few numbers a vector; on a GPU also up to 33,792 residuals. A GPU's copy is in
+    half precision, with at least 64 columns.
 
     Args:
         x: [..., D].
