@@ -98,8 +98,7 @@ class Searcher : Residuals<kPieces, kPacked> {
       if (tile_ + 1 == n_tiles) leave_out_padding(int(p_.n_codes), n_tiles, range, sum);
       Best of_tile[2];
       score_tile(sum, s_.norms2[norms_] + lane_id() % 4, weight, base, to_index, of_tile);
-      __syncwarp();
-      if (lane_id() == 0) barrier_arrive(&s_.norms_read[norms_]);
+      barrier_arrive(&s_.norms_read[norms_]);
       norms_ = (norms_ + Of::kGroups) % kNorms;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -233,11 +232,19 @@ class Searcher : Residuals<kPieces, kPacked> {
       const int code = s_.candidates[i][k];
       Row e;
       e.template load<kPacked>(code_at(stage, code), 0, width_);
-      const int64_t at = int64_t(stage) * p_.n_codes + code;
-      const float d = distance(residual, e, moves() ? nullptr : t_.norms + at);
+      const float d = distance(stage, code, e, residual);
       if (nearer(d, code, least, found)) least = d, found = code;
     }
     return found < int(p_.n_codes) ? found : 0;
+  }
+  __device__ float distance(int stage, int code, const Row& e, const Row& residual) const {
+    if (moves()) {
+      Row difference = residual;
+      difference.subtract(e);
+      return warp_sum(difference.sum_of_squares());
+    }
+    return -warp_sum(residual.product(e)) *
+           inverse_norm(__ldg(t_.norms + int64_t(stage) * p_.n_codes + code));
   }
 
   char* const ring_;
@@ -262,7 +269,7 @@ __global__ void __launch_bounds__(Threads<kPieces>::kAll, 1) SPARSEMOE_CLUSTER(2
       for (auto& full : of_group) barrier_init(&full, 1);
     }
     for (auto& empty : s.empty) barrier_init(&empty, 4 * kCluster);  // of a warpgroup of each block
-    for (auto& read : s.norms_read) barrier_init(&read, 4);
+    for (auto& read : s.norms_read) barrier_init(&read, 128);        // of a warpgroup
     barriers_ready();
   }
   wait_for_previous();

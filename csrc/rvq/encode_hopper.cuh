@@ -260,8 +260,13 @@ class Encoder : Residuals<kDepths, kWhole> {
   }
   using Row = Columns<Of::kPieces>;
   __device__ float distance(int stage, int code, const Row& e, const Row& residual) const {
-    const float* norm = moves() ? nullptr : t_.norms + stage * p_.n_codes + code;
-    return sparsemoe::distance(residual, e, norm);
+    if (moves()) {
+      Row difference = residual;
+      difference.subtract(e);
+      return warp_sum(difference.sum_of_squares());
+    }
+    return -warp_sum(residual.product(e)) *
+           inverse_norm(__ldg(t_.norms + stage * p_.n_codes + code));
   }
 
   Place place_, held_;  // of the next step, and of the first that has not been released

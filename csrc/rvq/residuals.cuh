@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/cuda.cuh"
-#include "rvq/scale.cuh"
 
 namespace sparsemoe {
 
@@ -128,18 +127,6 @@ struct Columns {
     return sum;
   }
 };
-
-// Of a code e, whose norm is given for cosine: the nearer, the less.
-template <int kPieces>
-__device__ inline float distance(const Columns<kPieces>& residual, const Columns<kPieces>& e,
-                                 const float* norm) {
-  if (norm == nullptr) {
-    Columns<kPieces> difference = residual;
-    difference.subtract(e);
-    return warp_sum(difference.sum_of_squares());
-  }
-  return -warp_sum(residual.product(e)) * inverse_norm(__ldg(norm));
-}
 
 // Calls f with the number of pieces, as a compile-time constant, that rows are walked in at once.
 template <class F>
