@@ -260,13 +260,7 @@ class Encoder : Residuals<kDepths, kWhole> {
   }
   using Row = Columns<Of::kPieces>;
   __device__ float distance(int stage, int code, const Row& e, const Row& residual) const {
-    if (moves()) {
-      Row difference = residual;
-      difference.subtract(e);
-      return warp_sum(difference.sum_of_squares());
-    }
-    return -warp_sum(residual.product(e)) *
-           inverse_norm(__ldg(t_.norms + stage * p_.n_codes + code));
+    return sparsemoe::distance(p_.metric, residual, e, t_.norms + stage * p_.n_codes + code);
   }
 
   Place place_, held_;  // of the next step, and of the first that has not been released
@@ -289,9 +283,7 @@ __global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER
     barriers_ready();
   }
   wait_for_previous();
-  for (int stage = warp_id(); stage < int(params.p.n_stages); stage += Of::kThreads / 32) {
-    s.constants[stage] = constants_of(params, stage, s.scale[stage]);
-  }
+  find_constants(params, Of::kThreads / 32, s.constants, s.scale);
   cluster_sync();
   let_next_begin();
   if (threadIdx.x < 128) {

@@ -56,23 +56,26 @@ struct Shared {
   int nearest[Of::kGroups][64];      // of the candidates of a vector
 };
 
-// By a warp: of all parts of the tiles of a stage together, and the stage's scale.
-__device__ inline StageConstants constants_of(const EncodeTilesParams& t, int stage, float& scale) {
-  const StageConstants* of = t.constants + int64_t(stage) * (t.n_parts + 1);
-  StageConstants most{};
-  for (int i = lane_id(); i < int(t.n_parts); i += 32) {
-    most.code = larger(most.code, of[i].code);
-    most.rounding = larger(most.rounding, of[i].rounding);
-    most.norm2 = larger(most.norm2, of[i].norm2);
+// Of every stage, by so many warps: those of all parts of its tiles together, and its scale.
+__device__ inline void find_constants(const EncodeTilesParams& t, int warps,
+                                      StageConstants* constants, float* scales) {
+  for (int stage = warp_id(); stage < int(t.p.n_stages); stage += warps) {
+    const StageConstants* of = t.constants + int64_t(stage) * (t.n_parts + 1);
+    StageConstants most{};
+    for (int i = lane_id(); i < int(t.n_parts); i += 32) {
+      most.code = larger(most.code, of[i].code);
+      most.rounding = larger(most.rounding, of[i].rounding);
+      most.norm2 = larger(most.norm2, of[i].norm2);
+    }
+    for (int step = 16; step > 0; step /= 2) {
+      most.code = larger(most.code, __shfl_xor_sync(kFullWarp, most.code, step));
+      most.rounding = larger(most.rounding, __shfl_xor_sync(kFullWarp, most.rounding, step));
+      most.norm2 = larger(most.norm2, __shfl_xor_sync(kFullWarp, most.norm2, step));
+    }
+    most.other = of[t.n_parts].other;
+    constants[stage] = most;
+    scales[stage] = of[t.n_parts].code;
   }
-  for (int step = 16; step > 0; step /= 2) {
-    most.code = larger(most.code, __shfl_xor_sync(kFullWarp, most.code, step));
-    most.rounding = larger(most.rounding, __shfl_xor_sync(kFullWarp, most.rounding, step));
-    most.norm2 = larger(most.norm2, __shfl_xor_sync(kFullWarp, most.norm2, step));
-  }
-  most.other = of[t.n_parts].other;
-  scale = of[t.n_parts].code;
-  return most;
 }
 
 // A place in the ring.
@@ -105,19 +108,25 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 // d (64 x 128) = a (64 x 16) @ b (16 x 128), or d += with `accumulate`. a is in registers as of
-// mma.m16n8k16; b is a matrix_descriptor.
+// mma.m16n8k16, or a matrix_descriptor as b is.
+#define SPARSEMOE_PRODUCT_128                                                        \
+  " wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16\n {"                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},\n"
 __device__ inline void product_128(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
                                    bool accumulate) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %69, 0;\n"
-      " wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16\n {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},\n"
-      " {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
-      : SPARSEMOE_D16(0), SPARSEMOE_D16(16), SPARSEMOE_D16(32), SPARSEMOE_D16(48)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %69, 0;\n" SPARSEMOE_PRODUCT_128
+               " {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
+               : SPARSEMOE_D16(0), SPARSEMOE_D16(16), SPARSEMOE_D16(32), SPARSEMOE_D16(48)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+}
+__device__ inline void product_128(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n" SPARSEMOE_PRODUCT_128
+               " %64, %65, p, 1, 1, 0, 0;\n}"
+               : SPARSEMOE_D16(0), SPARSEMOE_D16(16), SPARSEMOE_D16(32), SPARSEMOE_D16(48)
+               : "l"(a), "l"(b), "r"(int(accumulate)));
 }
 
 // The vectors of both blocks of a cluster, and those of all clusters.

@@ -14,7 +14,7 @@ constexpr int64_t kMostDepths = 8, kMostCodes = 8192, kMostStages = 32;
 constexpr int64_t kMostGeneralDepths = 16, kMostGeneralStages = 128;
 // The kernel that computes every distance takes 64 vectors at a time, and keeps their residuals.
 // Few vectors are taken one by one, each by several blocks with a copy of its own.
-constexpr int64_t kMostFew = 2048, kMostFewWidth = 1024;
+constexpr int64_t kMostFew = 2048, kMostFewWidth = kMostGeneralDepths * kTileDepth;
 constexpr int64_t kExactRows = 64, kExactBlocks = 528, kFewBlocks = 264;
 
 // Offsets in bytes.

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "rvq/encode.h"
+#include "rvq/scale.cuh"
 
 namespace sparsemoe {
 
@@ -127,6 +129,18 @@ struct Columns {
     return sum;
   }
 };
+
+// How far code e, of that norm, is from a residual; by a warp.
+template <int kPieces>
+__device__ inline float distance(Metric metric, const Columns<kPieces>& residual,
+                                 const Columns<kPieces>& e, const float* norm) {
+  if (metric == Metric::l2) {
+    Columns<kPieces> difference = residual;
+    difference.subtract(e);
+    return warp_sum(difference.sum_of_squares());
+  }
+  return -warp_sum(residual.product(e)) * inverse_norm(__ldg(norm));
+}
 
 // Calls f with the number of pieces, as a compile-time constant, that rows are walked in at once.
 template <class F>

@@ -6,25 +6,11 @@
 // half precision, in shared memory. All its warpgroups multiply by them, each the tiles of codes
 // whose turn it is.
 #include "common/early.cuh"
-#include "rvq/encode_general.cuh"
+#include "rvq/encode_hopper_general.cuh"
 
 namespace sparsemoe {
 namespace hopper {
 namespace general {
-
-// product_128 of an operand that is in shared memory too.
-__device__ inline void product_128_shared(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
-      " wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16\n {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},\n"
-      " %64, %65, p, 1, 1, 0, 0;\n}"
-      : SPARSEMOE_D16(0), SPARSEMOE_D16(16), SPARSEMOE_D16(32), SPARSEMOE_D16(48)
-      : "l"(a), "l"(b), "r"(int(accumulate)));
-}
 
 template <int kPieces, bool kPacked>
 class Searcher : Residuals<kPieces, kPacked> {
@@ -119,7 +105,7 @@ class Searcher : Residuals<kPieces, kPacked> {
       const uint64_t b = matrix_descriptor(ring_ + slot_ * kStepBytes, 16, 1024);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        product_128_shared(sum, a + 2 * i, b + 2 * i, depth + i > 0);
+        product_128(sum, a + 2 * i, b + 2 * i, depth + i > 0);
       }
       products_commit();
       if (++slot_ == slots_) slot_ = 0;
@@ -232,19 +218,11 @@ class Searcher : Residuals<kPieces, kPacked> {
       const int code = s_.candidates[i][k];
       Row e;
       e.template load<kPacked>(code_at(stage, code), 0, width_);
-      const float d = distance(stage, code, e, residual);
+      const float d =
+          distance(p_.metric, residual, e, t_.norms + int64_t(stage) * p_.n_codes + code);
       if (nearer(d, code, least, found)) least = d, found = code;
     }
     return found < int(p_.n_codes) ? found : 0;
-  }
-  __device__ float distance(int stage, int code, const Row& e, const Row& residual) const {
-    if (moves()) {
-      Row difference = residual;
-      difference.subtract(e);
-      return warp_sum(difference.sum_of_squares());
-    }
-    return -warp_sum(residual.product(e)) *
-           inverse_norm(__ldg(t_.norms + int64_t(stage) * p_.n_codes + code));
   }
 
   char* const ring_;
@@ -273,9 +251,7 @@ __global__ void __launch_bounds__(Threads<kPieces>::kAll, 1) SPARSEMOE_CLUSTER(2
     barriers_ready();
   }
   wait_for_previous();
-  for (int stage = warp_id(); stage < int(t.p.n_stages); stage += Of::kAll / 32) {
-    s.constants[stage] = constants_of(t, stage, s.scale[stage]);
-  }
+  find_constants(t, Of::kAll / 32, s.constants, s.scale);
   cluster_sync();
   let_next_begin();
   if (threadIdx.x < 128) {
