@@ -106,6 +106,9 @@ __device__ inline void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Accesses of device memory, too.
+__device__ inline void fence_async_proxy_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // --- copies ---
 
 // True in one lane, the same each time. Asked by whole warps. Where a branch depends on nothing

@@ -151,7 +151,7 @@ int rvq_beam_encode_cuda(const RvqBeamParams& p, void* stream) {
   finish.x = p.x, finish.x_stride = p.x_stride, finish.dtype = p.dtype;
   finish.codebooks = p.codebooks, finish.codes = p.codes, finish.quantized = p.quantized;
   finish.errors = p.errors;
-  return encode_finish(finish, 0, p.n, false, stream);
+  return encode_finish(finish, nullptr, stream);
 }
 
 }  // namespace sparsemoe

@@ -9,9 +9,6 @@
 namespace sparsemoe {
 namespace {
 
-// So many vectors are finished while late ones are looked for, if there are any.
-constexpr int64_t kFinishedLast = 10240;
-
 bool on_hopper(const RvqEncodeParams& p, const RvqEncodeSpace& space) {
   const char* kernels = std::getenv("SPARSEMOE_KERNELS");
   if (!runs_sm_90a() || (kernels && std::strcmp(kernels, "portable") == 0)) return false;
@@ -44,34 +41,26 @@ int tiles_of(int64_t depths, const hopper::EncodeTilesParams& t, void* stream) {
 }  // namespace
 
 int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
+  if (p.n_stages == 0) return encode_finish(p, nullptr, stream);
   const RvqEncodeSpace space(p);
   char* const base = static_cast<char*>(p.workspace);
-  ExactParams exact{p, nullptr, reinterpret_cast<float*>(base + space.residuals), space.n_blocks};
-  int64_t finished = 0;
-  if (p.n_stages == 0) return encode_finish(p, 0, p.n, false, stream);
-  bool early = false;
-  if (on_hopper(p, space)) {
-    hopper::EncodeTilesParams t;
-    t.p = p, t.n_tiles = space.n_tiles, t.n_parts = space.n_parts, t.n_padded = space.n_padded;
-    t.tiles = base + space.tiles, t.norms2 = reinterpret_cast<float*>(base + space.norms2);
-    t.centers = reinterpret_cast<float*>(base + space.centers);
-    t.norms = reinterpret_cast<float*>(base + space.norms);
-    t.constants = reinterpret_cast<hopper::StageConstants*>(base + space.constants);
-    t.late = reinterpret_cast<int32_t*>(base + space.late);
-    t.residuals = exact.residuals;
-    int error = hopper::prepare_tiles(t, space.n_depths, stream);
-    if (error == 0) {
-      error = for_tiles(p, space) ? tiles_of(space.n_depths, t, stream)
-                                  : hopper::encode_general(t, space.n_depths, stream);
-    }
-    early = p.n_stages <= kMostEarlyStages;
-    if (early) finished = std::max<int64_t>(p.n - kFinishedLast, 0);
-    if (error == 0) error = encode_finish(p, 0, finished, true, stream);
-    if (error != 0) return error;
-    exact.late = t.late;
+  float* const residuals = reinterpret_cast<float*>(base + space.residuals);
+  if (!on_hopper(p, space)) {
+    const int error = encode_exactly(p, residuals, space.n_blocks, stream);
+    return error ? error : encode_finish(p, nullptr, stream);
   }
-  const int error = encode_exact(exact, stream);
-  return error ? error : encode_finish(p, finished, p.n, early, stream);
+  hopper::EncodeTilesParams t;
+  t.p = p, t.n_tiles = space.n_tiles, t.n_parts = space.n_parts, t.n_padded = space.n_padded;
+  t.tiles = base + space.tiles, t.norms2 = reinterpret_cast<float*>(base + space.norms2);
+  t.centers = reinterpret_cast<float*>(base + space.centers);
+  t.norms = reinterpret_cast<float*>(base + space.norms);
+  t.constants = reinterpret_cast<hopper::StageConstants*>(base + space.constants);
+  t.late = reinterpret_cast<int32_t*>(base + space.late);
+  t.residuals = residuals;
+  const int error = for_tiles(p, space) ? tiles_of(space.n_depths, t, stream)
+                                        : hopper::encode_general(t, space.n_depths, stream);
+  const LateVectors late{t.late, residuals, space.n_blocks};
+  return error ? error : encode_finish(p, &late, stream);
 }
 
 }  // namespace sparsemoe

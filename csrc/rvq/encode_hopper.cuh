@@ -1,11 +1,11 @@
 // Encoding on Hopper's tensor cores: all stages of 128 or 192 vectors a block at a time, in one
-// launch.
+// launch, which begins with the codebooks: see encode_hopper_prepare.cuh.
 //
 // The score of a code, |e|^2 - 2 r.e, is computed from half-precision residuals and codes with an
 // error that is bounded for each vector. Codes within twice that bound of the best are candidates;
 // where there are several, float32 distances decide. So the choice is that of exact arithmetic but
-// for float32 rounding. The few vectors with more candidates than a thread keeps are left to
-// encode_exact.
+// for float32 rounding. Where a thread has dropped some, all codes of the set that they were of are
+// looked at. Vectors with very many are left to encode_finish.
 //
 // Two blocks make a cluster; each loads half of the codes that both need. One thread of a block's
 // first warpgroup keeps tiles of codes coming into a ring in shared memory. The two or three other
@@ -13,6 +13,7 @@
 #pragma once
 
 #include "common/early.cuh"
+#include "rvq/encode_hopper_prepare.cuh"
 #include "rvq/encode_hopper_residuals.cuh"
 #include "rvq/encode_hopper_scores.cuh"
 #include "rvq/vector.cuh"
@@ -139,7 +140,7 @@ class Encoder : Residuals<kDepths, kWhole> {
 
   __device__ void choose(int stage, const Kept (&kept)[2], int (&code)[2]) {
     const int quad = lane_id() / 4 * 4;
-    unsigned candidates[2];
+    unsigned candidates[2], sets[2];
     bool several[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -156,18 +157,29 @@ class Encoder : Residuals<kDepths, kWhole> {
         const bool close = kept[h].scores[i] <= limit;
         candidates[h] |= (__ballot_sync(kFullWarp, close) >> quad & 15) << 4 * i;
       }
-      const bool unkept = __ballot_sync(kFullWarp, kept[h].dropped <= limit) >> quad & 15;
-      const float highest = (int(lowest >> kIndexBits) - 0x100000) * unit + above;
       const float weight = state_[h].scale / s_.scale[stage];
+      bool too_many = false;
+      sets[h] = 0;
+      if (p_.exact && __any_sync(kFullWarp, kept[h].dropped <= limit)) {
+        const unsigned own_sets = kept[h].sets_that_dropped(limit);
+#pragma unroll
+        for (int i = 0; i < kSets; ++i) {
+          const bool dropped = own_sets >> i & 1;
+          sets[h] |= (__ballot_sync(kFullWarp, dropped) >> quad & 15) << 4 * i;
+        }
+        const float noise = noise_of_distances(state_[h].norm, weight, range(stage, h));
+        too_many = __popc(sets[h]) > kMostSets || (sets[h] && moves() && above < noise);
+      }
+      const float highest = (int(lowest >> kIndexBits) - 0x100000) * unit + above;
       distance_[h] =
           sqrtf(fmaxf(state_[h].norm * state_[h].norm + highest * weight, 0.0f)) * kAbove;
-      if (!state_[h].late && (!(above < kMostSlack) || (p_.exact && unkept))) {
+      if (!state_[h].late && (!(above < kMostSlack) || too_many)) {
         state_[h].late = true;
         leave(h, stage);
       }
       several[h] = p_.exact && !state_[h].late && __popc(candidates[h]) > 1;
     }
-    if (p_.exact) choose_nearest(stage, kept, candidates, several, code);
+    if (p_.exact) choose_nearest(stage, kept, candidates, sets, several, code);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (state_[h].late || code[h] >= int(p_.n_codes)) code[h] = 0;
@@ -179,14 +191,16 @@ class Encoder : Residuals<kDepths, kWhole> {
   // Where there are several candidates, the nearest of them. The warps of the warpgroup share the
   // vectors.
   __device__ void choose_nearest(int stage, const Kept (&kept)[2], const unsigned (&candidates)[2],
-                                 const bool (&several)[2], int (&code)[2]) {
+                                 const unsigned (&sets)[2], const bool (&several)[2],
+                                 int (&code)[2]) {
     const int warp = warp_id() % 4, quad = lane_id() / 4;
     Candidates& shared = s_.passing[group_].candidates;
     named_barrier(3 + group_, 128);  // `passing` has been read
-    unsigned rows = 0;               // bit 4 quad + h
+    unsigned rows = 0;               // bit 4 quad + h, and 2 further where there are sets
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       rows |= (__ballot_sync(kFullWarp, several[h]) & 0x11111111) << h;
+      rows |= (__ballot_sync(kFullWarp, several[h] && sets[h]) & 0x11111111) << (2 + h);
       if (!several[h]) continue;
       const int place = 16 * warp + quad + 8 * h;
 #pragma unroll
@@ -196,19 +210,18 @@ class Encoder : Residuals<kDepths, kWhole> {
       for (int q = lane_id() % 4; q < stage; q += 4) {
         shared.before[place][q] = __ldcg(p_.codes + row(h) * p_.n_stages + q);
       }
-      shared.mask[place] = candidates[h];
+      shared.mask[place] = candidates[h], shared.sets[place] = sets[h];
     }
     if (lane_id() == 0) s_.several[group_][warp] = rows;
     named_barrier(3 + group_, 128);
-    unsigned of_warp[4];
-    int total = 0;
+    unsigned of_warp[4], any = 0;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) of_warp[w] = s_.several[group_][w], total += __popc(of_warp[w]);
-    if (total == 0) return;
+    for (int w = 0; w < 4; ++w) of_warp[w] = s_.several[group_][w], any |= of_warp[w];
+    if (any == 0) return;
     int at = 0;  // of all
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      for (unsigned left = of_warp[w]; left; left &= left - 1, ++at) {
+      for (unsigned left = of_warp[w] & 0x33333333; left; left &= left - 1, ++at) {
         if (at % 4 != warp) continue;
         const int bit = __ffs(left) - 1, place = 16 * w + bit / 4 + 8 * (bit % 4);
         const int64_t row = first_row_ - quad - 16 * warp + place;
@@ -217,12 +230,70 @@ class Encoder : Residuals<kDepths, kWhole> {
       }
     }
     named_barrier(3 + group_, 128);
+    if (any & 0xcccccccc) look_at_sets(stage, shared);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (several[h]) code[h] = s_.nearest[group_][16 * warp + quad + 8 * h];
     }
   }
 
+  // Where vectors have sets: the nearest of what has been found and of the sets' codes, which the
+  // warps share.
+  __device__ void look_at_sets(int stage, Candidates& shared) {
+    const int warp = warp_id() % 4, lane = lane_id();
+#pragma unroll 1
+    for (int w = 0; w < 4; ++w) {
+#pragma unroll 1
+      for (unsigned left = s_.several[group_][w] >> 2 & 0x33333333; left; left &= left - 1) {
+        const int bit = __ffs(left) - 1, place = 16 * w + bit / 4 + 8 * (bit % 4);
+        const int64_t row = first_row_ - lane / 4 - 16 * warp + place;
+        float least = kInfinity;
+        int found = s_.nearest[group_][place];
+        nearest_of_sets(stage, row, shared, place, least, found);
+        if (lane == 0) shared.least[warp] = least, shared.found[warp] = found;
+        named_barrier(3 + group_, 128);
+        least = shared.least[lane % 4], found = shared.found[lane % 4];
+        least_of(least, found, 4);
+        if (threadIdx.x % 128 == 0) s_.nearest[group_][place] = found;
+        named_barrier(3 + group_, 128);
+      }
+    }
+  }
+  // Of the code found so far, and of the warp's share of those of the sets.
+  __device__ void nearest_of_sets(int stage, int64_t at, const Candidates& shared, int place,
+                                  float& least, int& found) const {
+    const int width = int(p_.width), last_code = int(p_.n_codes) - 1;
+    Row residual;
+    with_vector_type(p_.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const T* x = static_cast<const T*>(p_.x) + at * p_.x_stride;
+      residual.template load<true>(x, 0, width);
+    });
+#pragma unroll 1
+    for (int q = 0; q < stage; ++q) {
+      Row past;
+      past.template load<true>(codebook(q) + int64_t(shared.before[place][q]) * width, 0, width);
+      residual.subtract(past);
+    }
+    const auto look_at = [&](int code) {
+      Row e;
+      e.template load<true>(codebook(stage) + int64_t(code) * width, 0, width);
+      const float d = distance(stage, code, e, residual);
+      if (nearer(d, code, least, found)) least = d, found = code;
+    };
+    look_at(min(found, last_code));
+#pragma unroll 1
+    for (unsigned sets = shared.sets[place]; sets; sets &= sets - 1) {
+      const int bit = __ffs(sets) - 1;
+#pragma unroll 1
+      for (int tile = int(t_.n_tiles) - 1 - bit / 4; tile >= 0; tile -= kSets) {
+#pragma unroll 2
+        for (int i = warp_id() % 4; i < 32; i += 4) {
+          look_at(min(tile * int(kTileCodes) + code_in_tile(i, bit), last_code));
+        }
+      }
+    }
+  }
   // Of the candidates of a vector, in float32. By the warp.
   __device__ int nearest(int stage, int64_t at, const Candidates& shared, int place) const {
     const int width = int(p_.width);
@@ -272,6 +343,7 @@ __global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER
     encode_kernel(const __grid_constant__ EncodeTilesParams params) {
 #if SPARSEMOE_HOPPER
   using Of = Shape<kDepths>;
+  constexpr int kMostWidth = kDepths <= 2 ? 128 : kDepths <= 4 ? 256 : 512;
   extern __shared__ __align__(1024) unsigned char memory[];
   Shared<kDepths>& s = *reinterpret_cast<Shared<kDepths>*>(memory);
   if (threadIdx.x == 0) {
@@ -282,7 +354,7 @@ __global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER
     for (auto& read : s.norms_read) barrier_init(&read, 128 * Of::kGroups);
     barriers_ready();
   }
-  wait_for_previous();
+  preparing::prepare_codes<kMostWidth, true, Of::kThreads>(params, kDepths, s.codes);
   find_constants(params, Of::kThreads / 32, s.constants, s.scale);
   cluster_sync();
   let_next_begin();
@@ -299,20 +371,16 @@ __global__ void __launch_bounds__(Shape<kDepths>::kThreads, 1) SPARSEMOE_CLUSTER
 #endif
 }
 
+template <int kDepths, bool kWhole>
+int launch_tiles(const EncodeTilesParams& params, void* stream) {
+  return launch_together<encode_kernel<kDepths, kWhole>, 2>(
+      params.n_clusters(2 * Shape<kDepths>::kRows), Shape<kDepths>::kThreads,
+      int(sizeof(Shared<kDepths>)), stream, params);
+}
 template <int kDepths>
 int encode_tiles(const EncodeTilesParams& params, void* stream) {
-  const RvqEncodeParams& p = params.p;
-  const auto kernel = p.width == kDepths * kTileDepth ? encode_kernel<kDepths, true>
-                                                      : encode_kernel<kDepths, false>;
-  const int bytes = int(sizeof(Shared<kDepths>));
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return int(error);
-  constexpr int64_t kPair = 2 * Shape<kDepths>::kRows;
-  const int64_t clusters =
-      std::min<int64_t>(ceil_div(p.n, kPair), std::max(multiprocessors() / 2, 1));
-  return launch_early(kernel, unsigned(2 * clusters), Shape<kDepths>::kThreads, bytes, stream,
-                      params);
+  return params.p.width == kDepths * kTileDepth ? launch_tiles<kDepths, true>(params, stream)
+                                                : launch_tiles<kDepths, false>(params, stream);
 }
 
 }  // namespace hopper

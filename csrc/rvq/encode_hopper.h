@@ -24,11 +24,15 @@ struct EncodeTilesParams {
   StageConstants* constants;  // [n_stages, n_parts + 1]
   int32_t* late;              // {count, -}, then {vector, stage} of each that is left to others
   float* residuals;           // for encode_general, [blocks, 64, depths * 64]
+
+  // Enough for the vectors, so many to a cluster of two blocks, and to prepare the codes.
+  int64_t n_clusters(int64_t vectors_each) const {
+    return std::max((p.n + vectors_each - 1) / vectors_each, (n_parts * p.n_stages + 1) / 2);
+  }
 };
 
-int prepare_tiles(const EncodeTilesParams& p, int64_t depths, void* stream);
-// kDepths * 64 columns at most. All codes must be kUnknown; the next kernel may begin when all
-// blocks run.
+// kDepths * 64 columns at most. Codes are kUnknown when the next kernel may begin, which is when
+// all blocks run.
 template <int kDepths>
 int encode_tiles(const EncodeTilesParams& p, void* stream);
 // The same for up to kMostGeneralDepths * 64 columns that need not be a multiple of 4, any number
@@ -36,17 +40,5 @@ int encode_tiles(const EncodeTilesParams& p, void* stream);
 int encode_general(const EncodeTilesParams& p, int64_t depths, void* stream);
 
 }  // namespace hopper
-
-// Every distance, in float32: of the vectors listed in `late`, from the stage listed there on,
-// which are finished too; or of all where `late` is null.
-struct ExactParams {
-  RvqEncodeParams p;
-  const int32_t* late;
-  float* residuals;  // [n_blocks, kExactRows, width]
-  int64_t n_blocks;
-};
-int encode_exact(const ExactParams& p, void* stream);
-// Its part for few vectors of up to 1024 columns, on Hopper; finishes those that are late.
-int encode_few(const ExactParams& p, void* stream);
 
 }  // namespace sparsemoe

@@ -7,6 +7,7 @@
 // whose turn it is.
 #include "common/early.cuh"
 #include "rvq/encode_hopper_general.cuh"
+#include "rvq/encode_hopper_prepare.cuh"
 
 namespace sparsemoe {
 namespace hopper {
@@ -55,7 +56,7 @@ class Searcher : Residuals<kPieces, kPacked> {
           Kept kept[2];
           score_codes(end, kept);
           find_candidates(begin > 0, first_tile, kept);
-          choose(stage, begin > 0);
+          choose(stage, begin);
           all_meet();
         }
         next_residuals(stage);
@@ -148,6 +149,15 @@ class Searcher : Residuals<kPieces, kPacked> {
     const int at = atomicAdd(&s_.count[row], 1);
     if (at < kMostCandidates) s_.candidates[row][at] = code;
   }
+  __device__ void add_set(int row, int last_tile, int lane_of_4) {
+    const int at = atomicAdd(&s_.n_sets[row], 1);
+    if (at < kMostSets) {
+      s_.sets[row][at] = 4 * last_tile + lane_of_4;
+    } else {
+      leave_out(row);
+    }
+  }
+  __device__ void leave_out(int row) { atomicAdd(&s_.count[row], kMostCandidates + 1); }
   __device__ void find_candidates(bool any_before, int first_tile, const Kept (&kept)[2]) {
     const int lane = lane_id();
 #pragma unroll
@@ -157,7 +167,9 @@ class Searcher : Residuals<kPieces, kPacked> {
       lowest = min(lowest, __shfl_xor_sync(kFullWarp, lowest, 2));
       if (lane % 4 != 0) continue;
       s_.lowest[group_][place_of(h)] = lowest;
-      if (group_ == 0) s_.count[place_of(h)] = 0, s_.candidates[place_of(h)][0] = 0x7fffffff;
+      if (group_ != 0) continue;
+      s_.count[place_of(h)] = s_.n_sets[place_of(h)] = 0;
+      s_.candidates[place_of(h)][0] = 0x7fffffff;
     }
     all_meet();
 #pragma unroll
@@ -174,9 +186,12 @@ class Searcher : Residuals<kPieces, kPacked> {
         const int tile = first_tile + Of::kGroups * int((score & kAllIndexBits) >> 5);
         add_candidate(row, tile * int(kTileCodes) + code_in_tile(score, lane));
       }
-      if (!(state.slack < kMostSlack) || (p_.exact && kept[h].dropped <= limit)) {
-        atomicAdd(&s_.count[row], kMostCandidates + 1);
+      unsigned sets = p_.exact ? kept[h].sets_that_dropped(limit) : 0;
+      if (sets && state.slack < state.noise) leave_out(row);
+      for (; sets; sets &= sets - 1) {
+        add_set(row, tile_ - Of::kGroups * __ffs(sets), lane % 4);
       }
+      if (!(state.slack < kMostSlack)) leave_out(row);
       if (any_before && group_ == 0 && lane % 4 == 0 && s_.before_score[row] <= limit) {
         add_candidate(row, s_.before[row]);
       }
@@ -186,12 +201,14 @@ class Searcher : Residuals<kPieces, kPacked> {
 
   // Of rows that have several candidates, the nearest becomes the first. Their order is not always
   // the same, what is chosen is. The warps share the rows.
-  __device__ void choose(int stage, bool any_before) {
+  __device__ void choose(int stage, int begin) {
     const int lane = lane_id(), own = threadIdx.x - 128;
     int at = 0;
+    unsigned with_sets[kRows / 32];
 #pragma unroll
     for (int half = 0; half < kRows; half += 32) {
       const int count = s_.count[half + lane];
+      with_sets[half / 32] = __ballot_sync(kFullWarp, s_.n_sets[half + lane] > 0);
       const bool several = !s_.states[half + lane].left && count > 1 && count <= kMostCandidates;
       for (unsigned rows = __ballot_sync(kFullWarp, several); rows; rows &= rows - 1, ++at) {
         if (at % Of::kWarps != warp_) continue;
@@ -200,11 +217,59 @@ class Searcher : Residuals<kPieces, kPacked> {
         if (lane == 0) s_.candidates[i][0] = code;
       }
     }
+    if (with_sets[0] | with_sets[1]) look_at_sets(stage, begin, with_sets);
     if (t_.n_tiles <= kPieceTiles * Of::kGroups) return;
     all_meet();
     if (own >= kRows) return;
-    s_.before_score[own] = lowest_of(own, any_before), s_.before[own] = s_.candidates[own][0];
+    s_.before_score[own] = lowest_of(own, begin > 0), s_.before[own] = s_.candidates[own][0];
     if (!separated(own)) leave(own, stage);
+  }
+  // Where rows have sets: the nearest of what has been found and of the sets' codes, which the
+  // warps share.
+  __device__ void look_at_sets(int stage, int begin, const unsigned (&with_sets)[kRows / 32]) {
+    const int lane = lane_id();
+    all_meet();
+#pragma unroll 1
+    for (int i = 0; i < kRows; ++i) {
+      const bool looks = with_sets[i / 32] >> (i % 32) & 1;
+      if (!looks || s_.states[i].left || !separated(i)) continue;
+      float least = kInfinity;
+      int found = s_.candidates[i][0];
+      nearest_of_sets(stage, i, begin, least, found);
+      if (lane == 0) s_.least[warp_] = least, s_.found[warp_] = found;
+      all_meet();
+      least = lane < Of::kWarps ? s_.least[lane] : kInfinity;
+      found = lane < Of::kWarps ? s_.found[lane] : 0x7fffffff;
+      least_of(least, found, 16);
+      if (threadIdx.x == 128 && least < kInfinity) s_.candidates[i][0] = found;
+      all_meet();
+    }
+  }
+  // Of the code found so far, and of the warp's share of those of the sets.
+  __device__ void nearest_of_sets(int stage, int i, int begin, float& least, int& found) const {
+    Row residual;
+    load_residual(residual, i);
+    const auto look_at = [&](int code) {
+      Row e;
+      e.template load<kPacked>(code_at(stage, code), 0, width_);
+      const float* norm = t_.norms + int64_t(stage) * p_.n_codes + code;
+      const float d = distance(p_.metric, residual, e, norm);
+      if (nearer(d, code, least, found)) least = d, found = code;
+    };
+    look_at(found);
+    const int n_sets = s_.n_sets[i];
+#pragma unroll 1
+    for (int k = 0; k < n_sets; ++k) {
+      const int set = s_.sets[i][k];
+#pragma unroll 1
+      for (int tile = set / 4; tile >= begin; tile -= kSets * Of::kGroups) {
+#pragma unroll 2
+        for (int at = warp_; at < 32; at += Of::kWarps) {
+          const int code = tile * int(kTileCodes) + code_in_tile(at, set % 4);
+          look_at(min(code, int(p_.n_codes) - 1));
+        }
+      }
+    }
   }
   // Of the candidates of row i, in float32.
   __device__ int nearest(int stage, int i) const {
@@ -250,7 +315,7 @@ __global__ void __launch_bounds__(Threads<kPieces>::kAll, 1) SPARSEMOE_CLUSTER(2
     for (auto& read : s.norms_read) barrier_init(&read, 128);        // of a warpgroup
     barriers_ready();
   }
-  wait_for_previous();
+  preparing::prepare_codes<kPieces * kWalkColumns, kPacked, Of::kAll>(t, params.depths, memory);
   find_constants(t, Of::kAll / 32, s.constants, s.scale);
   cluster_sync();
   let_next_begin();
@@ -269,18 +334,12 @@ __global__ void __launch_bounds__(Threads<kPieces>::kAll, 1) SPARSEMOE_CLUSTER(2
 
 template <int kPieces, bool kPacked>
 int launch(const EncodeTilesParams& t, int depths, void* stream) {
-  constexpr int kMostBytes = 227 * 1024;
-  const auto kernel = general_kernel<kPieces, kPacked>;
   const int other_bytes = depths * kOperandBytes + int(sizeof(GeneralShared));
-  const int slots = std::min(kMostSlots, (kMostBytes - other_bytes) / kStepBytes);
+  const int slots = std::min(kMostSlots, (kMostSharedBytes - other_bytes) / kStepBytes);
   const int bytes = slots * kStepBytes + other_bytes;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
-  if (error != cudaSuccess) return int(error);
-  const int64_t clusters = std::min<int64_t>(ceil_div(t.p.n, kCluster * kRows),
-                                             std::max(multiprocessors() / kCluster, 1));
-  return launch_early(kernel, unsigned(kCluster * clusters), Threads<kPieces>::kAll, bytes, stream,
-                      GeneralParams{t, depths, slots});
+  return launch_together<general_kernel<kPieces, kPacked>, kCluster>(
+      t.n_clusters(kCluster * kRows), Threads<kPieces>::kAll, bytes, stream,
+      GeneralParams{t, depths, slots});
 }
 
 }  // namespace general

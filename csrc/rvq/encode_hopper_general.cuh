@@ -29,8 +29,8 @@ struct Threads {
 
 // Of a vector before a stage.
 struct State {
-  float weight, range, slack;  // of scores, see there
-  bool left;                   // to other kernels, or no vector at all
+  float weight, range, slack, noise;  // of scores, see there
+  bool left;                          // to other kernels, or no vector at all
 };
 
 // After the ring, slots x [128 codes, 64 columns], and operands, depths x [64 rows, 64 columns].
@@ -44,6 +44,10 @@ struct GeneralShared {
   State states[kRows];
   uint32_t lowest[3][kRows];  // of each warpgroup
   int count[kRows], candidates[kRows][kMostCandidates];
+  // Of which all codes are candidates, too: 4 times the last tile, and the lane of four.
+  int n_sets[kRows], sets[kRows][kMostSets];
+  float least[12];  // what each warp has found in sets of one of them
+  int found[12];
   int before[kRows];  // the nearest of the codes already looked at
   uint32_t before_score[kRows];
 };
@@ -199,7 +203,7 @@ class Residuals {
     if (moves() && s_.constants[stage].other > 0) {
       const int padded = depths_ * int(kTileDepth);
       Row center;
-      center.template load<true>(t_.centers + int64_t(stage) * padded, 0, padded);
+      center.load_changing(t_.centers + int64_t(stage) * padded, 0, padded);
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) residual[b].subtract(center);
     }
@@ -223,7 +227,7 @@ class Residuals {
   }
   // A row as an operand; what rounding took from it, squared and summed over the lane's columns.
   __device__ float put(int i, float scale, const Row& residual) {
-    // Columns lie as prepare_kernel puts them: each two, and the next two in the other of two
+    // Columns lie as prepare_parts puts them: each two, and the next two in the other of two
     // chunks.
     const int lane = lane_id(), chunk = (lane / 8 % 2 * 4 + lane % 2 * 2) ^ (i % 8);
     const int at = lane / 16 * kOperandBytes + i * 128 + chunk * 16 + lane / 2 % 4 * 4;
@@ -249,13 +253,15 @@ class Residuals {
     error += norm * 0x1p-22f;
     const float range = range_of_scores(norm, error, weight, c);
     const float slack = slack_of_scores(norm, error, weight, c, 4 * depths_, range);
-    s_.states[i] = {weight, range, norm < kMostNorm ? slack : kInfinity, first_row_ + i >= p_.n};
+    const float noise = moves() ? noise_of_distances(norm, weight, range) : 0.0f;
+    const bool none = first_row_ + i >= p_.n;
+    s_.states[i] = {weight, range, norm < kMostNorm ? slack : kInfinity, noise, none};
   }
   // Whether the candidates of row i are known; of one that is left, it makes no difference.
   __device__ bool separated(int i) const {
     return s_.states[i].left || (s_.count[i] > 0 && s_.count[i] <= kMostCandidates);
   }
-  // Row i is for encode_exact, from this stage on.
+  // Row i is for encode_finish, from this stage on.
   __device__ void leave(int i, int stage) {
     const int64_t row = first_row_ + i;
     const int at = atomicAdd(t_.late, 1);

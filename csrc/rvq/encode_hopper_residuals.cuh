@@ -52,7 +52,7 @@ class Residuals {
   }
   __device__ float4 center_at(int stage, int column) const {
     const float* center = t_.centers + stage * (kDepths * kTileDepth);
-    return __ldg(reinterpret_cast<const float4*>(center + column));
+    return *reinterpret_cast<const float4*>(center + column);
   }
   __device__ bool moves() const { return p_.metric == Metric::l2; }
 
@@ -267,8 +267,7 @@ class Residuals {
       if (moves()) {
         above += state_[h].scale * next_center;
       } else {
-        above = state_[h].norm +
-                state_[h].scale * __ldg(t_.norms + stage * p_.n_codes + code[h]) * kAbove;
+        above = state_[h].norm + state_[h].scale * t_.norms[stage * p_.n_codes + code[h]] * kAbove;
       }
       ratio[h] = above > 0 && above < kInfinity ? kRowScale * power_of_two_below_8(above) : 1.0f;
       state_[h].scale *= ratio[h];
@@ -301,7 +300,7 @@ class Residuals {
     }
   }
 
-  // Row h is for encode_exact, from this stage on.
+  // Row h is for encode_finish, from this stage on.
   __device__ void leave(int h, int stage) {
     if (lane_id() % 4 != 0 || row(h) >= p_.n) return;
     const int at = atomicAdd(t_.late, 1);

@@ -31,10 +31,13 @@ template <int kDepths>
 constexpr int kNormTiles = (kSlots + kDepths - 1) / kDepths + 1;
 
 // Of the vectors of a warpgroup that have several: kept codes, a bit for each that is one, and the
-// codes of the stages before.
+// codes of the stages before. Bit 4 i + l of `sets`: all codes of lane l's set i are; the nearest
+// is then found by several warps.
 struct Candidates {
   uint16_t codes[64][32], before[64][kMostStages];
-  unsigned mask[64];
+  unsigned mask[64], sets[64];
+  float least[4];  // what each warp has found in sets of one of them
+  int found[4];
 };
 
 template <int kDepths>

@@ -38,8 +38,11 @@ struct Best {
   }
 };
 
-// The two lowest scores of every kSets-th tile, for each of kSets.
+// The two lowest scores of every kSets-th tile, for each of kSets. Set i has the tile i before the
+// last.
 constexpr int kSets = 4;
+// Of a vector, so many at most: all of their codes are looked at, where scores were dropped.
+constexpr int kMostSets = 2;
 struct Kept {
   uint32_t scores[2 * kSets], dropped = kNoScore;
 
@@ -55,6 +58,16 @@ struct Kept {
     for (int i = 2 * kSets - 1; i > 1; --i) scores[i] = scores[i - 2];
     scores[0] = min(first, tile.first);
     scores[1] = min(a, b);
+  }
+  // A bit for each set that may have dropped a score that is not above `limit`: both that it has
+  // kept are then not above it, either.
+  __device__ unsigned sets_that_dropped(uint32_t limit) const {
+    unsigned sets = 0;
+#pragma unroll
+    for (int i = 0; i < kSets; ++i) {
+      if (dropped <= limit && scores[2 * i + 1] <= limit) sets |= 1u << i;
+    }
+    return sets;
   }
   __device__ uint32_t lowest() const {
     uint32_t score = scores[0];
@@ -81,6 +94,11 @@ __device__ inline float slack_of_scores(float norm, float error, float weight,
   const float rounding = error * c.code + norm * c.rounding;
   const float sums = (n_products + 4) * 0x1p-22f * products + 0x1p-18f * norms;
   return 2 * (rounding + sums + range * 0x1p-20f);
+}
+// What rounding may add to or take from squared distances that are computed in float32, as scores.
+// With less slack than that, a code that is no candidate might seem nearer than those that are.
+__device__ inline float noise_of_distances(float norm, float weight, float range) {
+  return 0x1p-17f * (norm * norm / weight + range);
 }
 // The highest score of a code that may be the nearest.
 __device__ inline uint32_t highest_candidate(uint32_t lowest, float slack, float unit) {

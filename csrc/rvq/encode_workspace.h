@@ -7,14 +7,14 @@ namespace sparsemoe {
 
 // The kernel on Hopper's tensor cores reads codebooks as tiles of 128 codes x 64 columns.
 constexpr int64_t kTileCodes = 128, kTileDepth = 64;
-// It is prepared by a block for each part of a tile.
+// Warps that prepare one take a part at a time.
 constexpr int64_t kPartCodes = 32;
 // What encode_tiles takes, and encode_general.
 constexpr int64_t kMostDepths = 8, kMostCodes = 8192, kMostStages = 32;
 constexpr int64_t kMostGeneralDepths = 16, kMostGeneralStages = 128;
 // The kernel that computes every distance takes 64 vectors at a time, and keeps their residuals.
-// Few vectors are taken one by one, each by several blocks with a copy of its own.
-constexpr int64_t kMostFew = 2048, kMostFewWidth = kMostGeneralDepths * kTileDepth;
+// Few vectors are taken one by one, each by a block or several, with a copy of its own.
+constexpr int64_t kMostFew = 2048;
 constexpr int64_t kExactRows = 64, kExactBlocks = 528, kFewBlocks = 264;
 
 // Offsets in bytes.

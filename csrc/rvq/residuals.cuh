@@ -59,10 +59,12 @@ __device__ inline float4 operator-(float4 a, float4 b) {
 __device__ inline float4 operator*(float a, float4 b) {
   return make_float4(a * b.x, a * b.y, a * b.z, a * b.w);
 }
-__device__ inline float squares(float4 v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
+// Spelled out: wherever it is inlined, it is rounded in the same way, so that codes that are equal
+// are equally near.
 __device__ inline float inner(float4 a, float4 b) {
-  return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+  return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, a.w * b.w)));
 }
+__device__ inline float squares(float4 v) { return inner(v, v); }
 
 constexpr int kWalkColumns = 128;  // of a warp at a time, four a lane
 
@@ -139,7 +141,7 @@ __device__ inline float distance(Metric metric, const Columns<kPieces>& residual
     difference.subtract(e);
     return warp_sum(difference.sum_of_squares());
   }
-  return -warp_sum(residual.product(e)) * inverse_norm(__ldg(norm));
+  return -warp_sum(residual.product(e)) * inverse_norm(*norm);
 }
 
 // Calls f with the number of pieces, as a compile-time constant, that rows are walked in at once.

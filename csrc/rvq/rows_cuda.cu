@@ -1,25 +1,14 @@
-// What follows from codes, row by row: the sum of the codes, errors, and gradients to the vectors.
-#include "common/early.cuh"
+// What follows from codes, row by row: the sum of the codes, and gradients to the vectors.
+#include "rvq/codes.cuh"
 #include "rvq/decode.h"
 #include "rvq/encode.h"
-#include "rvq/finish.cuh"
+#include "rvq/residuals.cuh"
 #include "rvq/rows.h"
 
 namespace sparsemoe {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-
-// With `early`, the kernel before may still look for codes. Only the last block waits for all of
-// them: others may have to run where those have run.
-template <class T, int kPieces, bool kPacked>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const RvqEncodeParams p, int64_t begin, int64_t end, bool early) {
-  if (!early) wait_for_previous();
-  const int64_t row = begin + blockIdx.x * int64_t(kWarps) + warp_id();
-  if (row < end) finish_vector<T, kPieces, kPacked>(p, row);
-  if (blockIdx.x + 1 == gridDim.x) wait_for_previous();
-}
 
 template <class T, int kPieces, bool kPacked>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const RvqEncodeBackwardParams p) {
@@ -85,23 +74,6 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const RvqDecodeParams 
   })
 
 }  // namespace
-
-int encode_finish(const RvqEncodeParams& p, int64_t begin, int64_t end, bool early, void* stream) {
-  if (end <= begin) return 0;
-  return with_cuda_dtype(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const bool packed = packs_of_4<T>(p.x, p.width, p.x_stride) &&
-                        packs_of_4<T>(p.quantized, p.width, p.width) &&
-                        packs_of_4<float>(p.codebooks, p.width, p.width);
-    return with_pieces(p.width, [&](auto pieces) {
-      constexpr int kPieces = decltype(pieces)::value;
-      const auto kernel =
-          packed ? finish_kernel<T, kPieces, true> : finish_kernel<T, kPieces, false>;
-      const dim3 grid(unsigned(ceil_div(end - begin, kWarps)));
-      return launch_early(kernel, grid, kThreads, 0, stream, p, begin, end, early);
-    });
-  });
-}
 
 int rvq_encode_backward_cuda(const RvqEncodeBackwardParams& p, void* stream) {
   return SPARSEMOE_LAUNCH_ROWS(backward_kernel, p.dtype,

@@ -14,6 +14,7 @@ from tests.ops.rvq_cases import (
     follow,
     gaussian,
     real,
+    tiny_gaps,
     vectors,
 )
 
@@ -121,6 +122,74 @@ def test_many_vectors_that_candidates_do_not_separate(n, width, metric):
 
 
 @needs_gpu
+@pytest.mark.parametrize("metric", rvq.METRICS)
+@pytest.mark.parametrize("near", [3, 7, 16])
+@pytest.mark.parametrize(
+    "width, n_codes",
+    [
+        (64, 1024),
+        (128, 1000),
+        (250, 300),
+        (512, 1024),
+        (256, 8192),
+        (516, 1024),
+        (1024, 512),
+        (72, 20000),
+    ],
+)
+def test_more_near_codes_than_a_thread_keeps(width, n_codes, near, metric):
+    """On Hopper, one sees codes 8 apart, and keeps two of every fourth 128."""
+    x, codebooks = gaussian(2000, width, n_codes, 2, "cuda")
+    groups = (
+        torch.arange(near, device="cuda") * 8 + torch.tensor([[0], [130], [n_codes // 2]]).cuda()
+    )
+    for codebook in codebooks:
+        apart = 3e-4 * torch.randn(3, near, width, device="cuda")
+        codebook[groups] = codebook[groups[:, :1]] + apart
+    of = torch.randint(3, (2, len(x)), device="cuda")
+    sums = sum(c[groups[g, 0]] for c, g in zip(codebooks, of, strict=True))
+    check(sums + 0.01 * x, codebooks, metric=metric)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "n, width, n_codes, n_stages",
+    [(1, 64, 100, 2), (5000, 64, 100, 2), (5000, 700, 100, 2), (300, 33, 9000, 3), (9, 1100, 4, 2)],
+)
+@pytest.mark.parametrize("kernels", ["", "portable"])
+def test_a_call_is_two_launches(n, width, n_codes, n_stages, kernels, monkeypatch):
+    x, codebooks = gaussian(n, width, n_codes, n_stages, "cuda")
+    x[0, 0] = math.nan
+    monkeypatch.setenv("SPARSEMOE_KERNELS", kernels)
+    rvq.encode(x, codebooks)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        rvq.encode(x, codebooks)
+        torch.cuda.synchronize()
+    on_gpu = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(on_gpu) == 2, on_gpu
+
+
+@needs_gpu
+@pytest.mark.parametrize("width", [128, 512, 640])
+def test_on_two_streams_at_once(width):
+    """Of kernels whose blocks wait for each other."""
+    given = [gaussian(n, width, 1024, 3, "cuda") for n in (20000, 300)]
+    wanted = [check(*x) for x in given]
+    streams = [torch.cuda.Stream() for _ in given]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream, (x, codebooks) in zip(streams, given, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(rvq.encode(x, codebooks))
+    torch.cuda.synchronize()
+    for i, result in enumerate(found):
+        for a, b in zip(result, wanted[i % 2], strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_gpu
 @pytest.mark.parametrize("n", [300, 5000])
 def test_many_stages_that_candidates_do_not_separate(n):
     """Left to other kernels after the 32nd stage, too."""
@@ -181,6 +250,15 @@ def test_data_of_every_dtype(device, data):
 def test_cosine(device, data):
     check(*data(129, 48, 130, 3, device), metric="cosine")
     check(*data(129, 50, 130, 3, device), metric="cosine")
+
+
+@pytest.mark.parametrize("metric", rvq.METRICS)
+@pytest.mark.parametrize("scale", [1, 1e-4])
+@pytest.mark.parametrize("width, n_codes", [(48, 130), (128, 300), (516, 200)])
+def test_the_first_of_equal_codes_among_nearly_equal_ones(device, width, n_codes, scale, metric):
+    """A GPU's scores may tell apart what float32 distances, above all to short codes, do not."""
+    x, codebooks = tiny_gaps(400, width, n_codes, 2, device)
+    check(x, scale * codebooks, metric=metric)
 
 
 def test_cosine_of_every_dtype(device):

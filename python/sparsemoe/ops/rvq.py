@@ -44,7 +44,8 @@ def encode(
     the lowest. A distance that is not a number counts as infinite; if all are infinite, as for a
     vector with NaN, the code is 0. No distances are stored: the extra memory is one copy of the
     codebooks and a few numbers a vector; on a GPU also up to 33,792 residuals. A GPU's copy is in
-    half precision, with at least 64 columns.
+    half precision, with at least 64 columns. A call there is two kernels; on Hopper the first needs
+    all multiprocessors at once, and waits until kernels of other streams leave them.
 
     Args:
         x: [..., D].
