@@ -1,7 +1,7 @@
 // Beam search: every distance in float32, stage after stage, in one launch.
 #include "rvq/encode.h"
+#include "rvq/encode_kernels.h"
 #include "rvq/encode_workspace.h"
-#include "rvq/rows.h"
 #include "rvq/vector.cuh"
 
 namespace sparsemoe {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/cuda.cuh"
-#include "rvq/rows.h"
+#include "rvq/encode_kernels.h"
 
 namespace sparsemoe {
 

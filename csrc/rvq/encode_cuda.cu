@@ -3,8 +3,8 @@
 
 #include "common/cuda.cuh"
 #include "rvq/encode_hopper.h"
+#include "rvq/encode_kernels.h"
 #include "rvq/encode_workspace.h"
-#include "rvq/rows.h"
 
 namespace sparsemoe {
 namespace {

@@ -1,7 +1,7 @@
 // Encoding of all vectors by every distance: on GPUs before Hopper, and for shapes that its kernels
 // do not take.
 #include "rvq/encode_exact.cuh"
-#include "rvq/rows.h"
+#include "rvq/encode_kernels.h"
 
 namespace sparsemoe {
 namespace {

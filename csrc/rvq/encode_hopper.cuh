@@ -262,7 +262,7 @@ class Encoder : Residuals<kDepths, kWhole> {
   // Of the code found so far, and of the warp's share of those of the sets.
   __device__ void nearest_of_sets(int stage, int64_t at, const Candidates& shared, int place,
                                   float& least, int& found) const {
-    const int width = int(p_.width), last_code = int(p_.n_codes) - 1;
+    const int width = int(p_.width);
     Row residual;
     with_vector_type(p_.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -281,17 +281,12 @@ class Encoder : Residuals<kDepths, kWhole> {
       const float d = distance(stage, code, e, residual);
       if (nearer(d, code, least, found)) least = d, found = code;
     };
-    look_at(min(found, last_code));
+    look_at(min(found, int(p_.n_codes) - 1));
 #pragma unroll 1
     for (unsigned sets = shared.sets[place]; sets; sets &= sets - 1) {
       const int bit = __ffs(sets) - 1;
-#pragma unroll 1
-      for (int tile = int(t_.n_tiles) - 1 - bit / 4; tile >= 0; tile -= kSets) {
-#pragma unroll 2
-        for (int i = warp_id() % 4; i < 32; i += 4) {
-          look_at(min(tile * int(kTileCodes) + code_in_tile(i, bit), last_code));
-        }
-      }
+      for_codes_of_set(int(t_.n_tiles) - 1 - bit / 4, 0, 1, bit, warp_id() % 4, 4, int(p_.n_codes),
+                       look_at);
     }
   }
   // Of the candidates of a vector, in float32. By the warp.

@@ -261,14 +261,8 @@ class Searcher : Residuals<kPieces, kPacked> {
 #pragma unroll 1
     for (int k = 0; k < n_sets; ++k) {
       const int set = s_.sets[i][k];
-#pragma unroll 1
-      for (int tile = set / 4; tile >= begin; tile -= kSets * Of::kGroups) {
-#pragma unroll 2
-        for (int at = warp_; at < 32; at += Of::kWarps) {
-          const int code = tile * int(kTileCodes) + code_in_tile(at, set % 4);
-          look_at(min(code, int(p_.n_codes) - 1));
-        }
-      }
+      for_codes_of_set(set / 4, begin, Of::kGroups, set, warp_, Of::kWarps, int(p_.n_codes),
+                       look_at);
     }
   }
   // Of the candidates of row i, in float32.

@@ -3,8 +3,8 @@
 
 #include "rvq/encode_hopper_ring.cuh"
 #include "rvq/encode_hopper_scores.cuh"
+#include "rvq/encode_kernels.h"
 #include "rvq/residuals.cuh"
-#include "rvq/rows.h"
 #include "rvq/scale.cuh"
 #include "rvq/vector.cuh"
 

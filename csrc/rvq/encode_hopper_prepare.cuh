@@ -5,9 +5,9 @@
 #include "common/hopper.cuh"
 #include "common/together.cuh"
 #include "rvq/encode_hopper.h"
+#include "rvq/encode_kernels.h"
 #include "rvq/encode_workspace.h"
 #include "rvq/residuals.cuh"
-#include "rvq/rows.h"
 #include "rvq/scale.cuh"
 
 namespace sparsemoe {

@@ -4,8 +4,8 @@
 #include <cuda_fp8.h>
 
 #include "rvq/encode_hopper_ring.cuh"
+#include "rvq/encode_kernels.h"
 #include "rvq/residuals.cuh"
-#include "rvq/rows.h"
 #include "rvq/scale.cuh"
 
 namespace sparsemoe {

@@ -41,7 +41,8 @@ struct Best {
 // The two lowest scores of every kSets-th tile, for each of kSets. Set i has the tile i before the
 // last.
 constexpr int kSets = 4;
-// Of a vector, so many at most: all of their codes are looked at, where scores were dropped.
+// Of a vector, so many at most: all of their codes are looked at where scores were dropped, those
+// with scores too high to be candidates, too.
 constexpr int kMostSets = 2;
 struct Kept {
   uint32_t scores[2 * kSets], dropped = kNoScore;
@@ -139,6 +140,20 @@ __device__ inline void leave_out_padding(int n_codes, int n_tiles, const float (
 // Of a score of a thread: its place in the tile.
 __device__ inline int code_in_tile(uint32_t score, int lane) {
   return int((score & 31) / 2 * 8 + 2 * (lane % 4) + (score & 1));
+}
+
+// Calls look_at(code) for a share of the codes of a set, those of a lane: each `shares`-th from
+// `share` on, of tiles that are kSets * step apart, back from `last_tile` to `first_tile`.
+template <class LookAt>
+__device__ inline void for_codes_of_set(int last_tile, int first_tile, int step, int lane,
+                                        int share, int shares, int n_codes, const LookAt& look_at) {
+#pragma unroll 1
+  for (int tile = last_tile; tile >= first_tile; tile -= kSets * step) {
+#pragma unroll 2
+    for (int i = share; i < 32; i += shares) {
+      look_at(min(tile * int(kTileCodes) + code_in_tile(i, lane), n_codes - 1));
+    }
+  }
 }
 
 }  // namespace hopper

@@ -1,28 +1,8 @@
 #pragma once
 
 #include "rvq/decode.h"
-#include "rvq/encode.h"
 
 namespace sparsemoe {
-
-// In place of a code: not yet looked for, and left to another kernel.
-constexpr int32_t kUnknown = -2, kLeft = -1;
-
-// Vectors of which the last kernel has left codes, which are kLeft from some stage on.
-struct LateVectors {
-  const int32_t* list;  // {count, -}, then {vector, stage} of each
-  float* residuals;     // [n_blocks, kExactRows, width], and kFewBlocks rows at least
-  int64_t n_blocks;
-};
-
-// Quantized and errors of all vectors. With `late`, the kernel may begin before the last one has
-// ended, waits for codes that are kUnknown, and then looks for the codes of late vectors by every
-// distance, in float32.
-int encode_finish(const RvqEncodeParams& p, const LateVectors* late, void* stream);
-
-// Codes of all vectors by every distance, in float32. `residuals` is for [n_blocks, kExactRows,
-// width].
-int encode_exactly(const RvqEncodeParams& p, float* residuals, int64_t n_blocks, void* stream);
 
 // rvq_decode_cuda for any shape: a warp a vector.
 int decode_rows_cuda(const RvqDecodeParams& p, void* stream);
