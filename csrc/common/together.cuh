@@ -33,9 +33,11 @@ int launch_together(int64_t clusters, int threads, int shared_bytes, void* strea
   config.attrs = &attribute, config.numAttrs = 1;
   int at_once = device < 64 ? most[device].load() : 0;
   if (at_once == 0) {
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 kMostSharedBytes);
-    if (error != cudaSuccess) return int(error);
+    if (shared_bytes > 0) {
+      error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   kMostSharedBytes);
+      if (error != cudaSuccess) return int(error);
+    }
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = kClusterSize;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;

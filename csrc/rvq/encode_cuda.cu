@@ -45,8 +45,9 @@ int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
   const RvqEncodeSpace space(p);
   char* const base = static_cast<char*>(p.workspace);
   float* const residuals = reinterpret_cast<float*>(base + space.residuals);
+  GroupNotes* const groups = reinterpret_cast<GroupNotes*>(base + space.groups);
   if (!on_hopper(p, space)) {
-    const int error = encode_exactly(p, residuals, space.n_blocks, stream);
+    const int error = encode_exactly(p, groups, residuals, space.n_blocks, stream);
     return error ? error : encode_finish(p, nullptr, stream);
   }
   hopper::EncodeTilesParams t;
@@ -56,10 +57,11 @@ int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
   t.norms = reinterpret_cast<float*>(base + space.norms);
   t.constants = reinterpret_cast<hopper::StageConstants*>(base + space.constants);
   t.late = reinterpret_cast<int32_t*>(base + space.late);
+  t.counters = &groups->begun;
   t.residuals = residuals;
   const int error = for_tiles(p, space) ? tiles_of(space.n_depths, t, stream)
                                         : hopper::encode_general(t, space.n_depths, stream);
-  const LateVectors late{t.late, residuals, space.n_blocks};
+  const LateVectors late{t.late, groups, residuals, space.n_blocks};
   return error ? error : encode_finish(p, &late, stream);
 }
 

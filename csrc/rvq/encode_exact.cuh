@@ -1,8 +1,7 @@
 // Encoding by every distance, in float32: for any width and number of codes.
 #pragma once
 
-#include <cooperative_groups.h>
-
+#include "rvq/block_groups.cuh"
 #include "rvq/encode_workspace.h"
 #include "rvq/residuals.cuh"
 #include "rvq/scale.cuh"
@@ -10,44 +9,25 @@
 
 namespace sparsemoe {
 
-// --- one vector, by all warps of kBlocks blocks, a cluster ---
+// --- one vector, by a group of blocks ---
 
 template <int kWarps>
 struct ExactOneShared {
-  float least[kWarps], of_block_least[2];
-  int found[kWarps], of_block_found[2];
+  float least[kWarps];
+  int found[kWarps], code;
 };
 
-template <int kBlocks>
-__device__ inline void block_or_cluster_sync() {
-  if constexpr (kBlocks == 1) {
-    __syncthreads();
-  } else {
-#if __CUDA_ARCH__ >= 900
-    cooperative_groups::this_cluster().sync();
-#endif
-  }
-}
-// The same place in shared memory of another block of the cluster.
-template <int kBlocks, class T>
-__device__ inline T* of_block(T* place, int block) {
-#if __CUDA_ARCH__ >= 900
-  if constexpr (kBlocks > 1)
-    return cooperative_groups::this_cluster().map_shared_rank(place, block);
-#endif
-  return place;
-}
-
 // Its codes from stage `from` on, those before being known. Each warp computes distances of kAtOnce
-// codes at a time. Each block has a copy of the residual. All threads must have come to the end
-// before codes are read.
-template <int kBlocks, int kThreads, int kPieces, int kAtOnce, bool kPacked>
+// codes at a time. Each block has a copy of the residual. Threads of the block of rank 0 may read
+// the codes when all of them have come to the end.
+template <int kThreads, int kPieces, int kAtOnce, bool kPacked>
 __device__ void encode_one_exactly(const RvqEncodeParams& p, int64_t vector, int from,
-                                   float* residual, ExactOneShared<kThreads / 32>& s) {
+                                   float* residual, BlockGroup& group,
+                                   ExactOneShared<kThreads / 32>& s) {
   constexpr int kWarps = kThreads / 32;
   const int width = int(p.width), n_codes = int(p.n_codes), lane = lane_id();
   const bool cosine = p.metric == Metric::cosine;
-  const int warp_of_cluster = blockIdx.x % kBlocks * kWarps + warp_id();
+  const int warp_of_group = group.rank() * kWarps + warp_id();
   const float* const codebooks = static_cast<const float*>(p.codebooks);
   int32_t* const codes = p.codes + vector * p.n_stages;
   for (int d = threadIdx.x; d < width; d += kThreads) {
@@ -60,8 +40,8 @@ __device__ void encode_one_exactly(const RvqEncodeParams& p, int64_t vector, int
     float best = kInfinity;
     int code = 0;
     __syncthreads();
-    for (int first = warp_of_cluster * kAtOnce; first < n_codes;
-         first += kBlocks * kWarps * kAtOnce) {
+    for (int first = warp_of_group * kAtOnce; first < n_codes;
+         first += group.size() * kWarps * kAtOnce) {
       float sum[kAtOnce] = {}, norm2[kAtOnce] = {};
       for (int column = 0; column < width; column += kPieces * kWalkColumns) {
         Columns<kPieces> e[kAtOnce], r;
@@ -96,14 +76,13 @@ __device__ void encode_one_exactly(const RvqEncodeParams& p, int64_t vector, int
     if (warp_id() == 0) {
       best = lane < kWarps ? s.least[lane] : kInfinity, code = lane < kWarps ? s.found[lane] : 0;
       least_of(best, code, kWarps);
-      if (lane == 0) s.of_block_least[stage % 2] = best, s.of_block_found[stage % 2] = code;
+      group.agree(best, code);
+      if (!(best < kInfinity)) code = 0;
+      if (lane == 0) s.code = code;
+      if (lane == 0 && group.rank() == 0) codes[stage] = code;
     }
-    block_or_cluster_sync<kBlocks>();
-    best = *of_block<kBlocks>(&s.of_block_least[stage % 2], lane % kBlocks);
-    code = *of_block<kBlocks>(&s.of_block_found[stage % 2], lane % kBlocks);
-    least_of(best, code, kBlocks);
-    if (!(best < kInfinity)) code = 0;
-    if (threadIdx.x == 0 && blockIdx.x % kBlocks == 0) codes[stage] = code;
+    __syncthreads();
+    code = s.code;
     for (int d = threadIdx.x; d < width; d += kThreads) {
       residual[d] -= codebook[int64_t(code) * width + d];
     }

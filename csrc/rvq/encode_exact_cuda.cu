@@ -1,5 +1,6 @@
 // Encoding of all vectors by every distance: on GPUs before Hopper, and for shapes that its kernels
 // do not take.
+#include "common/together.cuh"
 #include "rvq/encode_exact.cuh"
 #include "rvq/encode_kernels.h"
 
@@ -8,16 +9,22 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// For few vectors: kBlocks blocks, a cluster, take one and share the codes.
-template <int kBlocks, int kPieces, bool kPacked>
+// For few vectors: a group of so many blocks takes one. If of several, all blocks run at once.
+template <int kPieces, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 2)
-    few_kernel(const RvqEncodeParams p, float* residuals) {
+    few_kernel(const RvqEncodeParams p, GroupNotes* notes, float* residuals, int group_blocks) {
   __shared__ ExactOneShared<kThreads / 32> s;
-  const int64_t cluster = blockIdx.x / kBlocks, clusters = gridDim.x / kBlocks;
-  for (int64_t vector = cluster; vector < p.n; vector += clusters) {
-    encode_one_exactly<kBlocks, kThreads, kPieces, 16 / kPieces, kPacked>(
-        p, vector, 0, residuals + int64_t(blockIdx.x) * p.width, s);
-    block_or_cluster_sync<kBlocks>();  // the others have read what this block found
+  __shared__ int place;
+  if (group_blocks > 1) {
+    if (blockIdx.x == 0 && threadIdx.x < kGroupCounters) (&notes->begun)[threadIdx.x] = 0;
+    grid_sync();
+  }
+  BlockGroup group(notes, group_blocks, &place);
+  const int n_groups = int(gridDim.x) / group_blocks;
+  if (group.group() >= n_groups) return;
+  float* const residual = residuals + group.block() * p.width;
+  for (int64_t vector = group.group(); vector < p.n; vector += n_groups) {
+    encode_one_exactly<kThreads, kPieces, 16 / kPieces, kPacked>(p, vector, 0, residual, group, s);
   }
 }
 
@@ -40,32 +47,28 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-template <int kBlocks>
-int launch_few(const RvqEncodeParams& p, float* residuals, void* stream) {
-  const bool packed = packs_of_4<float>(p.codebooks, p.width, p.width);
+int launch_few(const RvqEncodeParams& p, GroupNotes* groups, float* residuals, void* stream) {
   return with_pieces(p.width, [&](auto pieces) {
-    constexpr int kPieces = decltype(pieces)::value;
-    const auto kernel =
-        packed ? few_kernel<kBlocks, kPieces, true> : few_kernel<kBlocks, kPieces, false>;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = kBlocks, attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = unsigned(std::min(p.n, kFewBlocks / kBlocks) * kBlocks);
-    config.blockDim = kThreads, config.stream = cudaStream_t(stream);
-    config.attrs = &attribute, config.numAttrs = kBlocks > 1 ? 1 : 0;
-    return int(cudaLaunchKernelEx(&config, kernel, p, residuals));
+    const auto launch = [&](auto packed) {
+      constexpr auto kernel = few_kernel<decltype(pieces)::value, decltype(packed)::value>;
+      if (runs_sm_90a()) {
+        return launch_together<kernel, 1>(few_blocks(p.n), kThreads, 0, stream, p, groups,
+                                          residuals, int(kGroupBlocks));
+      }
+      const unsigned blocks = unsigned(std::min(p.n, kFewBlocks));
+      kernel<<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, groups, residuals, 1);
+      return int(cudaGetLastError());
+    };
+    const bool packed = packs_of_4<float>(p.codebooks, p.width, p.width);
+    return packed ? launch(std::true_type()) : launch(std::false_type());
   });
 }
 
 }  // namespace
 
-int encode_exactly(const RvqEncodeParams& p, float* residuals, int64_t n_blocks, void* stream) {
-  if (p.n <= kMostFew) {
-    return runs_sm_90a() ? launch_few<8>(p, residuals, stream)
-                         : launch_few<1>(p, residuals, stream);
-  }
+int encode_exactly(const RvqEncodeParams& p, GroupNotes* groups, float* residuals, int64_t n_blocks,
+                   void* stream) {
+  if (p.n <= kMostFew) return launch_few(p, groups, residuals, stream);
   many_kernel<<<unsigned(n_blocks), kThreads, 0, cudaStream_t(stream)>>>(p, residuals);
   return int(cudaGetLastError());
 }

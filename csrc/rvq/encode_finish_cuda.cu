@@ -58,6 +58,7 @@ __device__ void finish_vector(const RvqEncodeParams& p, int64_t row) {
 }
 
 union LateShared {
+  int place;
   ExactOneShared<kWarps> one;
   ExactManyShared<kThreads> many;
 };
@@ -71,13 +72,17 @@ __device__ void take_late(const RvqEncodeParams& p, const LateVectors& late, int
   const int64_t count = __ldcg(late.list);
   const auto vector = [&](int64_t at) { return int64_t(__ldcg(late.list + 2 + 2 * at)); };
   const auto stage = [&](int64_t at) { return __ldcg(late.list + 3 + 2 * at); };
+  if (count == 0) return;
   if (count <= kMostFew) {
-    float* const residual = late.residuals + block * p.width;
-    for (int64_t at = block; at < count; at += blocks) {
-      encode_one_exactly<1, kThreads, kPieces, kAtOnce, kPacked>(p, vector(at), stage(at), residual,
-                                                                 s.one);
+    BlockGroup group(late.groups, kGroupBlocks, &s.place);
+    const int n_groups = blocks / int(kGroupBlocks);
+    if (group.group() >= n_groups) return;
+    float* const residual = late.residuals + group.block() * p.width;
+    for (int64_t at = group.group(); at < count; at += n_groups) {
+      encode_one_exactly<kThreads, kPieces, kAtOnce, kPacked>(p, vector(at), stage(at), residual,
+                                                              group, s.one);
       __syncthreads();
-      if (warp_id() == 0) finish_vector<T, kPieces, kPacked>(p, vector(at));
+      if (group.rank() == 0 && warp_id() == 0) finish_vector<T, kPieces, kPacked>(p, vector(at));
     }
     return;
   }
@@ -133,7 +138,7 @@ int encode_finish(const RvqEncodeParams& p, const LateVectors* late, void* strea
       const auto kernel =
           packed ? finish_kernel<T, kPieces, true> : finish_kernel<T, kPieces, false>;
       const int64_t n_blocks = ceil_div(p.n, kWarps);
-      const int64_t for_late = late ? std::max(late->n_blocks, std::min(p.n, kFewBlocks)) : 0;
+      const int64_t for_late = late ? std::max(late->n_blocks, few_blocks(p.n)) : 0;
       return launch_early(kernel, unsigned(n_blocks + for_late), kThreads, 0, stream, p,
                           late ? *late : LateVectors{}, int(n_blocks));
     });

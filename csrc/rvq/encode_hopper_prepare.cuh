@@ -14,23 +14,28 @@ namespace sparsemoe {
 namespace hopper {
 namespace preparing {
 
-// A part of a tile of codes is prepared by a team: so many warps of a block.
-constexpr int kTeam = 256, kWarps = kTeam / 32;
-constexpr int kTeamBarrier = 8;  // and one more: not those of the search
-constexpr int kSamples = 4;      // of a warp
-
-template <int kMostWidth>
-struct Shared {
-  float center[kMostWidth], part_of_center[kWarps][kMostWidth];
-  float largest[kWarps][3];
-};
-
 // threadIdx.x, but not in a register that the rest of the kernel would then have to keep.
 __device__ inline int thread_id() {
   int id;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
   return id;
 }
+
+// A part of a tile of codes is prepared by a team: all threads of a block, or each half of 512.
+template <int kBlockThreads>
+struct Team {
+  static constexpr int kTeams = kBlockThreads == 512 ? 2 : 1, kThreads = kBlockThreads / kTeams;
+  static constexpr int kWarps = kThreads / 32;
+  __device__ static int own() { return kTeams == 1 ? 0 : thread_id() / kThreads; }
+};
+constexpr int kTeamBarrier = 8;  // and one more: not those of the search
+constexpr int kSamples = 4;      // of a warp
+
+template <int kMostWidth, int kWarps>
+struct Shared {
+  float center[kMostWidth], part_of_center[kWarps][kMostWidth];
+  float largest[kWarps][3];
+};
 
 __device__ inline void forget_codes(const RvqEncodeParams& p) {
   const int64_t total = p.n * p.n_stages, threads = int64_t(gridDim.x) * blockDim.x;
@@ -48,13 +53,14 @@ __device__ inline void forget_codes(const RvqEncodeParams& p) {
 // differences of distances, and by a power of two to norms below 8, give or take: both from a
 // sample of the codes. Any center and scale is right; good ones keep the errors of the scores
 // small. All that is read is asked for at once, where registers hold it.
-template <int kMostWidth, bool kPacked>
+template <int kMostWidth, bool kPacked, class Of>
 __device__ void prepare_parts(const EncodeTilesParams& params, int depths, int begin, int end,
-                              Shared<kMostWidth>& s) {
+                              Shared<kMostWidth, Of::kWarps>& s) {
+  constexpr int kTeam = Of::kThreads, kWarps = Of::kWarps;
   const RvqEncodeParams& p = params.p;
   const int n_codes = int(p.n_codes), width = int(p.width), padded = depths * int(kTileDepth);
-  const int thread = thread_id() % kTeam, warp = thread / 32, lane = thread % 32;
-  const auto team_meets = [] { named_barrier(kTeamBarrier + thread_id() / kTeam, kTeam); };
+  const int thread = thread_id() - Of::own() * kTeam, warp = thread / 32, lane = thread % 32;
+  const auto team_meets = [] { named_barrier(kTeamBarrier + Of::own(), kTeam); };
   const bool cosine = p.metric == Metric::cosine;
   float scale = 0, center_norm2 = 0;  // of the stage
   for (int at = begin; at < end; ++at) {
@@ -63,8 +69,10 @@ __device__ void prepare_parts(const EncodeTilesParams& params, int depths, int b
         static_cast<const float*>(p.codebooks) + int64_t(stage) * n_codes * width;
 
     // Of each code, lane l has columns 8 l .. 8 l + 7, and every 256 further.
-    constexpr int kOwn = kPartCodes / kWarps, kChunks = kMostWidth > 256 ? kMostWidth / 256 : 1;
+    constexpr int kOwn = (int(kPartCodes) + kWarps - 1) / kWarps;
+    constexpr int kChunks = kMostWidth > 256 ? kMostWidth / 256 : 1;
     const int first = part * int(kPartCodes) + warp * kOwn;
+    const int last = min(first + kOwn, (part + 1) * int(kPartCodes));
     struct Own {
       float4 v[kChunks][2];
     };
@@ -151,9 +159,9 @@ __device__ void prepare_parts(const EncodeTilesParams& params, int depths, int b
         static_cast<uint16_t*>(params.tiles) +
         (int64_t(stage) * params.n_tiles + tile) * depths * kTileCodes * kTileDepth;
 #pragma unroll 1
-    for (int code = first; code < first + kOwn; ++code) {
+    for (int code = first; code < last; ++code) {
       const Own own = next;
-      if (code + 1 < first + kOwn) next = load_own(code + 1);
+      if (code + 1 < last) next = load_own(code + 1);
       const int in_tile = code % int(kTileCodes);
       float factor = scale;
       if (cosine && code < n_codes) {
@@ -226,17 +234,16 @@ __device__ void prepare_parts(const EncodeTilesParams& params, int depths, int b
 // By all blocks of the kernel, which wait for each other. `memory` is shared, and free.
 template <int kMostWidth, bool kPacked, int kThreads>
 __device__ void prepare_codes(const EncodeTilesParams& params, int depths, void* memory) {
-  constexpr int kTeams = kThreads / kTeam;
-  const int team = thread_id() / kTeam, n_teams = int(gridDim.x) * kTeams;
+  using Of = Team<kThreads>;
+  const int team = Of::own(), n_teams = int(gridDim.x) * Of::kTeams;
   if (blockIdx.x == 0 && thread_id() == 0) params.late[0] = 0;
+  if (blockIdx.x == 0 && thread_id() < kGroupCounters) params.counters[thread_id()] = 0;
   forget_codes(params.p);
-  if (team < kTeams) {
-    const int total = int(params.n_parts * params.p.n_stages),
-              each = (total + n_teams - 1) / n_teams;
-    const int begin = (int(blockIdx.x) * kTeams + team) * each;
-    prepare_parts<kMostWidth, kPacked>(params, depths, begin, min(begin + each, total),
-                                       static_cast<Shared<kMostWidth>*>(memory)[team]);
-  }
+  const int total = int(params.n_parts * params.p.n_stages), each = (total + n_teams - 1) / n_teams;
+  const int begin = (int(blockIdx.x) * Of::kTeams + team) * each;
+  using Memory = Shared<kMostWidth, Of::kWarps>;
+  prepare_parts<kMostWidth, kPacked, Of>(params, depths, begin, min(begin + each, total),
+                                         static_cast<Memory*>(memory)[team]);
   fence_async_proxy_all();  // the TMA sees what has been written
   grid_sync();
   fence_async_proxy_all();

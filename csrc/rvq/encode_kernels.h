@@ -1,7 +1,7 @@
 // The kernels of rvq_encode_cuda, beside those of encode_hopper.h.
 #pragma once
 
-#include "rvq/encode.h"
+#include "rvq/encode_workspace.h"
 
 namespace sparsemoe {
 
@@ -11,7 +11,8 @@ constexpr int32_t kUnknown = -2, kLeft = -1;
 // Vectors of which the last kernel has left codes, which are kLeft from some stage on.
 struct LateVectors {
   const int32_t* list;  // {count, -}, then {vector, stage} of each
-  float* residuals;     // [n_blocks, kExactRows, width], and kFewBlocks rows at least
+  GroupNotes* groups;
+  float* residuals;  // [n_blocks, kExactRows, width], and kFewBlocks rows at least
   int64_t n_blocks;
 };
 
@@ -20,8 +21,8 @@ struct LateVectors {
 // distance, in float32.
 int encode_finish(const RvqEncodeParams& p, const LateVectors* late, void* stream);
 
-// Codes of all vectors by every distance, in float32. `residuals` is for [n_blocks, kExactRows,
-// width].
-int encode_exactly(const RvqEncodeParams& p, float* residuals, int64_t n_blocks, void* stream);
+// Codes of all vectors by every distance, in float32. `residuals` is as that of LateVectors.
+int encode_exactly(const RvqEncodeParams& p, GroupNotes* groups, float* residuals, int64_t n_blocks,
+                   void* stream);
 
 }  // namespace sparsemoe

@@ -12,15 +12,25 @@ constexpr int64_t kPartCodes = 32;
 // What encode_tiles takes, and encode_general.
 constexpr int64_t kMostDepths = 8, kMostCodes = 8192, kMostStages = 32;
 constexpr int64_t kMostGeneralDepths = 16, kMostGeneralStages = 128;
-// The kernel that computes every distance takes 64 vectors at a time, and keeps their residuals.
-// Few vectors are taken one by one, each by a block or several, with a copy of its own.
+// Where every distance is computed, a block takes 64 vectors at a time, and keeps their residuals.
+// Few vectors are taken one by one, each by a group of blocks, which have a copy each.
 constexpr int64_t kMostFew = 2048;
-constexpr int64_t kExactRows = 64, kExactBlocks = 528, kFewBlocks = 264;
+constexpr int64_t kExactRows = 64, kExactBlocks = 528, kFewBlocks = 256;
+constexpr int64_t kGroupBlocks = 16, kMostGroups = kExactBlocks / kGroupBlocks;
+
+// What the blocks of groups tell each other; see BlockGroup. Counters begin at 0.
+struct GroupNotes {
+  int32_t begun, arrived[kMostGroups];  // blocks: of all, and in all turns of a group
+  int32_t code[kMostGroups][2][kGroupBlocks];
+  float distance[kMostGroups][2][kGroupBlocks];
+};
+constexpr int64_t kGroupCounters = 1 + kMostGroups;
+inline int64_t few_blocks(int64_t vectors) { return std::min(vectors * kGroupBlocks, kFewBlocks); }
 
 // Offsets in bytes.
 struct RvqEncodeSpace {
   int64_t n_tiles, n_parts, n_depths, n_padded, n_blocks;
-  int64_t late, residuals;                           // of the exact kernel
+  int64_t late, groups, residuals;                   // of vectors that need every distance
   int64_t tiles, norms2, centers, norms, constants;  // of Hopper's
   int64_t bytes;
 
@@ -35,6 +45,7 @@ struct RvqEncodeSpace {
     const int64_t n_pairs = (n_blocks + 1) / 2;  // of encode_general's, with as many vectors
     bytes = 0;
     late = take((p.n + 1) * 8);
+    groups = take(int64_t(sizeof(GroupNotes)));
     residuals = take(std::max(std::max(n_blocks * kExactRows, kFewBlocks) * p.width * 4,
                               n_pairs * 2 * kExactRows * n_depths * kTileDepth * 4));
     const bool tiled = n_depths <= kMostGeneralDepths && p.n_stages <= kMostGeneralStages;

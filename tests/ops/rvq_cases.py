@@ -103,6 +103,12 @@ def fresh(n, d, k, q, device):
     return vectors(n, d, device), (torch.rand(q, k, d, device=device) * 2 - 1) / k
 
 
+def short_in_copies(n, d, k, q, device):
+    """Codes six times each, so short that in float32 all are about as far from a vector."""
+    codebooks = 3e-7 * codebooks_for(q, (k + 5) // 6, d, device).repeat(1, 6, 1)[:, :k]
+    return vectors(n, d, device), codebooks[:, torch.randperm(k, device=device)]
+
+
 def on_the_codes(n, d, k, q, device):
     codebooks = codebooks_for(q, k, d, device)
     return codebooks[0, torch.randint(k, (n,), device=device)], codebooks

@@ -14,6 +14,7 @@ from tests.ops.rvq_cases import (
     follow,
     gaussian,
     real,
+    short_in_copies,
     tiny_gaps,
     vectors,
 )
@@ -171,10 +172,13 @@ def test_a_call_is_two_launches(n, width, n_codes, n_stages, kernels, monkeypatc
 
 
 @needs_gpu
-@pytest.mark.parametrize("width", [128, 512, 640])
-def test_on_two_streams_at_once(width):
+@pytest.mark.parametrize("n_equal", [1, 60])
+@pytest.mark.parametrize("width", [128, 512, 640, 1100])
+def test_on_two_streams_at_once(width, n_equal):
     """Of kernels whose blocks wait for each other."""
     given = [gaussian(n, width, 1024, 3, "cuda") for n in (20000, 300)]
+    for _, codebooks in given:
+        codebooks[:, :n_equal] = codebooks[:, :1]
     wanted = [check(*x) for x in given]
     streams = [torch.cuda.Stream() for _ in given]
     torch.cuda.synchronize()
@@ -259,6 +263,12 @@ def test_the_first_of_equal_codes_among_nearly_equal_ones(device, width, n_codes
     """A GPU's scores may tell apart what float32 distances, above all to short codes, do not."""
     x, codebooks = tiny_gaps(400, width, n_codes, 2, device)
     check(x, scale * codebooks, metric=metric)
+
+
+@pytest.mark.parametrize("width, n_codes", [(48, 130), (128, 300), (516, 200)])
+def test_the_first_of_equal_codes_among_short_ones(device, width, n_codes):
+    """A GPU's scores tell apart what float32 distances do not."""
+    check(*short_in_copies(400, width, n_codes, 2, device))
 
 
 def test_cosine_of_every_dtype(device):
