@@ -57,7 +57,7 @@ int rvq_encode_cuda(const RvqEncodeParams& p, void* stream) {
   t.norms = reinterpret_cast<float*>(base + space.norms);
   t.constants = reinterpret_cast<hopper::StageConstants*>(base + space.constants);
   t.late = reinterpret_cast<int32_t*>(base + space.late);
-  t.counters = &groups->begun;
+  t.groups = groups;
   t.residuals = residuals;
   const int error = for_tiles(p, space) ? tiles_of(space.n_depths, t, stream)
                                         : hopper::encode_general(t, space.n_depths, stream);

@@ -9,22 +9,26 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// For few vectors: a group of so many blocks takes one. If of several, all blocks run at once.
+// For few vectors, which are taken by groups of blocks if all blocks run at once.
 template <int kPieces, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 2)
-    few_kernel(const RvqEncodeParams p, GroupNotes* notes, float* residuals, int group_blocks) {
+    few_kernel(const RvqEncodeParams p, GroupNotes* notes, float* residuals, bool at_once) {
   __shared__ ExactOneShared<kThreads / 32> s;
-  __shared__ int place;
-  if (group_blocks > 1) {
-    if (blockIdx.x == 0 && threadIdx.x < kGroupCounters) (&notes->begun)[threadIdx.x] = 0;
+  __shared__ int place[3];
+  constexpr int kAtOnce = 16 / kPieces;
+  const int blocks = int(gridDim.x);
+  int most = 1;
+  if (at_once) {
+    if (blockIdx.x == 0) clear_counters(notes, threadIdx.x, kThreads);
     grid_sync();
+    most = group_blocks_for(p.n, blocks, p.n_codes, kThreads / 32 * kAtOnce);
   }
-  BlockGroup group(notes, group_blocks, &place);
-  const int n_groups = int(gridDim.x) / group_blocks;
-  if (group.group() >= n_groups) return;
+  BlockGroup group(notes, most, place, blockIdx.x);
+  const int n_groups = blocks / most;
+  if (group.left_out() || group.group() >= n_groups) return;
   float* const residual = residuals + group.block() * p.width;
   for (int64_t vector = group.group(); vector < p.n; vector += n_groups) {
-    encode_one_exactly<kThreads, kPieces, 16 / kPieces, kPacked>(p, vector, 0, residual, group, s);
+    encode_one_exactly<kThreads, kPieces, kAtOnce, kPacked>(p, vector, 0, residual, group, s);
   }
 }
 
@@ -53,10 +57,10 @@ int launch_few(const RvqEncodeParams& p, GroupNotes* groups, float* residuals, v
       constexpr auto kernel = few_kernel<decltype(pieces)::value, decltype(packed)::value>;
       if (runs_sm_90a()) {
         return launch_together<kernel, 1>(few_blocks(p.n), kThreads, 0, stream, p, groups,
-                                          residuals, int(kGroupBlocks));
+                                          residuals, true);
       }
       const unsigned blocks = unsigned(std::min(p.n, kFewBlocks));
-      kernel<<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, groups, residuals, 1);
+      kernel<<<blocks, kThreads, 0, cudaStream_t(stream)>>>(p, groups, residuals, false);
       return int(cudaGetLastError());
     };
     const bool packed = packs_of_4<float>(p.codebooks, p.width, p.width);

@@ -58,12 +58,13 @@ __device__ void finish_vector(const RvqEncodeParams& p, int64_t row) {
 }
 
 union LateShared {
-  int place;
+  int place[3];
   ExactOneShared<kWarps> one;
   ExactManyShared<kThreads> many;
 };
 
-// By a block: its share of the late vectors. Of many, only late.n_blocks have room for theirs.
+// By a block: its share of the late vectors. Few are taken by groups of blocks; of many, only
+// late.n_blocks have room for theirs.
 template <class T, int kPieces, bool kPacked>
 __device__ void take_late(const RvqEncodeParams& p, const LateVectors& late, int block, int blocks,
                           LateShared& s) {
@@ -74,9 +75,10 @@ __device__ void take_late(const RvqEncodeParams& p, const LateVectors& late, int
   const auto stage = [&](int64_t at) { return __ldcg(late.list + 3 + 2 * at); };
   if (count == 0) return;
   if (count <= kMostFew) {
-    BlockGroup group(late.groups, kGroupBlocks, &s.place);
-    const int n_groups = blocks / int(kGroupBlocks);
-    if (group.group() >= n_groups) return;
+    const int most = group_blocks_for(count, blocks, p.n_codes, kWarps * kAtOnce);
+    BlockGroup group(late.groups, most, s.place, block);
+    const int n_groups = blocks / most;
+    if (group.left_out() || group.group() >= n_groups) return;
     float* const residual = late.residuals + group.block() * p.width;
     for (int64_t at = group.group(); at < count; at += n_groups) {
       encode_one_exactly<kThreads, kPieces, kAtOnce, kPacked>(p, vector(at), stage(at), residual,

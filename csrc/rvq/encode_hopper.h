@@ -1,7 +1,7 @@
 // Encoding on Hopper's tensor cores. See encode_hopper.cuh.
 #pragma once
 
-#include "rvq/encode.h"
+#include "rvq/encode_workspace.h"
 
 namespace sparsemoe {
 namespace hopper {
@@ -23,7 +23,7 @@ struct EncodeTilesParams {
   float* norms;               // [n_stages, n_codes], for Metric::cosine
   StageConstants* constants;  // [n_stages, n_parts + 1]
   int32_t* late;              // {count, -}, then {vector, stage} of each that is left to others
-  int32_t* counters;          // [kGroupCounters] of others, to be 0
+  GroupNotes* groups;         // of others, whose counters are to be 0
   float* residuals;           // for encode_general, [blocks, 64, depths * 64]
 
   // Enough for the vectors, so many to a cluster of two blocks, and to prepare the codes.

@@ -4,6 +4,7 @@
 
 #include "common/hopper.cuh"
 #include "common/together.cuh"
+#include "rvq/block_groups.cuh"
 #include "rvq/encode_hopper.h"
 #include "rvq/encode_kernels.h"
 #include "rvq/encode_workspace.h"
@@ -237,7 +238,7 @@ __device__ void prepare_codes(const EncodeTilesParams& params, int depths, void*
   using Of = Team<kThreads>;
   const int team = Of::own(), n_teams = int(gridDim.x) * Of::kTeams;
   if (blockIdx.x == 0 && thread_id() == 0) params.late[0] = 0;
-  if (blockIdx.x == 0 && thread_id() < kGroupCounters) params.counters[thread_id()] = 0;
+  if (blockIdx.x == 0) clear_counters(params.groups, thread_id(), kThreads);
   forget_codes(params.p);
   const int total = int(params.n_parts * params.p.n_stages), each = (total + n_teams - 1) / n_teams;
   const int begin = (int(blockIdx.x) * Of::kTeams + team) * each;

@@ -7,7 +7,7 @@ namespace sparsemoe {
 
 // The kernel on Hopper's tensor cores reads codebooks as tiles of 128 codes x 64 columns.
 constexpr int64_t kTileCodes = 128, kTileDepth = 64;
-// Warps that prepare one take a part at a time.
+// They are prepared part by part.
 constexpr int64_t kPartCodes = 32;
 // What encode_tiles takes, and encode_general.
 constexpr int64_t kMostDepths = 8, kMostCodes = 8192, kMostStages = 32;
@@ -16,16 +16,21 @@ constexpr int64_t kMostGeneralDepths = 16, kMostGeneralStages = 128;
 // Few vectors are taken one by one, each by a group of blocks, which have a copy each.
 constexpr int64_t kMostFew = 2048;
 constexpr int64_t kExactRows = 64, kExactBlocks = 528, kFewBlocks = 256;
-constexpr int64_t kGroupBlocks = 16, kMostGroups = kExactBlocks / kGroupBlocks;
+constexpr int64_t kMostGroupBlocks = 16, kMostGroups = kExactBlocks / 2;
+inline int64_t few_blocks(int64_t vectors) {
+  return std::min(vectors * kMostGroupBlocks, kFewBlocks);
+}
 
-// What the blocks of groups tell each other; see BlockGroup. Counters begin at 0.
+// What the blocks of groups tell each other; see BlockGroup.
 struct GroupNotes {
-  int32_t begun, arrived[kMostGroups];  // blocks: of all, and in all turns of a group
-  int32_t code[kMostGroups][2][kGroupBlocks];
-  float distance[kMostGroups][2][kGroupBlocks];
+  int32_t begun;                                    // blocks of all groups
+  int32_t size[kMostGroups], arrived[kMostGroups];  // of a group; arrivals of all turns
+  int32_t code[2][kExactBlocks];                    // what blocks have found, in turns
+  float distance[2][kExactBlocks];
 };
-constexpr int64_t kGroupCounters = 1 + kMostGroups;
-inline int64_t few_blocks(int64_t vectors) { return std::min(vectors * kGroupBlocks, kFewBlocks); }
+// The first so many are to be 0.
+constexpr int64_t kGroupCounters = 1 + 2 * kMostGroups;
+static_assert(kFewBlocks <= kExactBlocks);
 
 // Offsets in bytes.
 struct RvqEncodeSpace {

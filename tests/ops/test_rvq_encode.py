@@ -174,13 +174,15 @@ def test_a_call_is_two_launches(n, width, n_codes, n_stages, kernels, monkeypatc
 @needs_gpu
 @pytest.mark.parametrize("n_equal", [1, 60])
 @pytest.mark.parametrize("width", [128, 512, 640, 1100])
-def test_on_two_streams_at_once(width, n_equal):
+@pytest.mark.parametrize("priorities", [(0, 0), (0, -5), (-5, 0)])
+def test_on_two_streams_at_once(width, n_equal, priorities):
     """Of kernels whose blocks wait for each other."""
     given = [gaussian(n, width, 1024, 3, "cuda") for n in (20000, 300)]
-    for _, codebooks in given:
+    for x, codebooks in given:
         codebooks[:, :n_equal] = codebooks[:, :1]
+        x[::7] = codebooks[0, 0] + 0.1 * x[::7]
     wanted = [check(*x) for x in given]
-    streams = [torch.cuda.Stream() for _ in given]
+    streams = [torch.cuda.Stream(priority=p) for p in priorities]
     torch.cuda.synchronize()
     found = []
     for _ in range(20):

@@ -46,8 +46,8 @@ def encode(
     codebooks and a few numbers a vector; on a GPU also up to 33,792 residuals. A GPU's copy is in
     half precision, with at least 64 columns. A call there is two kernels; on Hopper the first needs
     all multiprocessors at once, and waits until kernels of other streams leave them.
-    A vector to which many codes are equally near, such as dead codes that are all zero, takes long
-    on Hopper too: its distances are all computed in float32.
+    Vectors with NaN, and those to which many codes are equally near, such as dead codes that are
+    all zero, have every distance computed in float32, which takes long where they are many.
 
     Args:
         x: [..., D].
