@@ -12,17 +12,17 @@ namespace sparsemoe {
 // soon, the first goes on with those that have, and others are left out.
 class BlockGroup {
  public:
-  // By all threads. `place` is in shared memory, for three. `block` is for a block that is alone.
+  // By all threads. `place` is in shared memory, for two. `block` is for a block that is alone.
   __device__ BlockGroup(GroupNotes* notes, int most, int* place, int block)
       : notes_(notes), block_(block), group_(block) {
     if (most == 1) return;
     if (threadIdx.x == 0) {
       place[0] = atomicAdd(&notes->begun, 1);
-      place[1] = place[0] % most;
-      place[2] = size_of(place[0] / most, place[1], most);
+      place[1] = size_of(place[0] / most, place[0] % most, most);
     }
     __syncthreads();
-    block_ = place[0], group_ = place[0] / most, rank_ = place[1], size_ = place[2];
+    block_ = place[0], size_ = place[1];
+    group_ = block_ / most, rank_ = block_ % most;
   }
   __device__ int block() const { return block_; }  // counted in that order
   __device__ int group() const { return group_; }
@@ -54,7 +54,6 @@ class BlockGroup {
   // How many are in a group, which the first of them decides.
   __device__ int size_of(int group, int rank, int most) {
     int size = 1;
-    if (group >= kMostGroups) return 0;
     if (rank > 0) {
       while ((size = acquire(&notes_->size[group])) == 0) {
       }

@@ -14,7 +14,7 @@ template <int kPieces, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 2)
     few_kernel(const RvqEncodeParams p, GroupNotes* notes, float* residuals, bool at_once) {
   __shared__ ExactOneShared<kThreads / 32> s;
-  __shared__ int place[3];
+  __shared__ int place[2];
   constexpr int kAtOnce = 16 / kPieces;
   const int blocks = int(gridDim.x);
   int most = 1;
@@ -37,7 +37,6 @@ __global__ void __launch_bounds__(kThreads, 4)
     many_kernel(const RvqEncodeParams p, float* residuals) {
   __shared__ ExactManyShared<kThreads> s;
   constexpr int kRows = s.kRows;
-  static_assert(kRows == kExactRows, "as the workspace has room for");
   for (int64_t first = int64_t(blockIdx.x) * kRows; first < p.n;
        first += int64_t(gridDim.x) * kRows) {
     const int n_rows = int(min(int64_t(kRows), p.n - first));

@@ -58,7 +58,7 @@ __device__ void finish_vector(const RvqEncodeParams& p, int64_t row) {
 }
 
 union LateShared {
-  int place[3];
+  int place[2];
   ExactOneShared<kWarps> one;
   ExactManyShared<kThreads> many;
 };
