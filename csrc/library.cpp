@@ -85,4 +85,16 @@ STABLE_TORCH_LIBRARY(sparsemoe, m) {
   m.def(
       "rvq_ema_(Tensor(a!) codebooks, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor sums, "
       "Tensor counts, float decay, float epsilon) -> ()");
+
+  // sinkhorn: balanced assignment. What was not to be measured is [0]. `history` is kept for the
+  // way back or is [0]: then it is computed again
+  m.def(
+      "sinkhorn(Tensor logits, int n_iters=8, float? tolerance=None, float temperature=1.0, "
+      "Tensor? row_marginals=None, Tensor? col_marginals=None, Tensor? mask=None, "
+      "bool keep=False, bool measure=False) -> (Tensor plan, Tensor log_u, Tensor log_v, "
+      "Tensor error, Tensor state, Tensor history)");
+  m.def(
+      "sinkhorn_backward(Tensor grad, Tensor logits, int n_iters, float? tolerance, "
+      "float temperature, Tensor? row_marginals, Tensor? col_marginals, Tensor? mask, "
+      "Tensor state, Tensor history) -> Tensor");
 }

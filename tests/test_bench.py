@@ -6,12 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import bench_experts, bench_moe, bench_rvq, case, inputs_moe, inputs_rvq, peers, timing
+from bench import (
+    bench_experts,
+    bench_moe,
+    bench_rvq,
+    bench_sinkhorn,
+    case,
+    inputs_moe,
+    inputs_rvq,
+    inputs_sinkhorn,
+    peers,
+    timing,
+)
 from bench.bench_experts import GPU_SHAPES
 from bench.inputs import GPU
 
 SHAPE = inputs_moe.Shape("tiny", 96, 64, 32, 8, 2, torch.float32)
 RVQ_SHAPE = inputs_rvq.Shape("tiny", 96, 16, 24, 3, beam_vectors=32)
+SINKHORN_SHAPE = inputs_sinkhorn.Shape("tiny", 1, 70, 12, 20)
 # torch's grouped_mm of float32 waits for the device, so that it cannot be captured
 GRAPH_SHAPE = replace(SHAPE, dtype=torch.bfloat16)
 CASES = [
@@ -21,6 +33,7 @@ CASES = [
     for make, shape, graph_shape, ops in [
         (inputs_moe.Inputs, SHAPE, GRAPH_SHAPE, bench_moe.OPS + bench_experts.OPS),
         (inputs_rvq.Inputs, RVQ_SHAPE, RVQ_SHAPE, bench_rvq.OPS),
+        (inputs_sinkhorn.Inputs, SINKHORN_SHAPE, SINKHORN_SHAPE, bench_sinkhorn.OPS),
     ]
     for op in ops
     for name in op.calls

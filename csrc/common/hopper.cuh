@@ -68,12 +68,13 @@ __device__ inline int cluster_rank() {
   return rank;
 }
 // Of all threads of all blocks of the cluster.
-__device__ inline void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
 // Arrives at the same barrier of the block of that rank.
 __device__ inline void barrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile(

@@ -15,7 +15,15 @@ namespace sparsemoe {
 // Of all blocks of a kernel launched as below. What they have written is seen by all.
 __device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-constexpr int kMostSharedBytes = 227 * 1024;  // of a block
+constexpr int kMostSharedBytes = 227 * 1024;  // of a block, on Hopper
+// Of a block, on the current device.
+inline int most_shared_bytes() {
+  int device = 0, bytes = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  return bytes;
+}
 
 // Launches at most as many clusters of kClusterSize blocks as the current device can run at once.
 // `shared_bytes` may be less in one call than in another, if not so many more clusters fit.
@@ -35,13 +43,19 @@ int launch_together(int64_t clusters, int threads, int shared_bytes, void* strea
   if (at_once == 0) {
     if (shared_bytes > 0) {
       error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   kMostSharedBytes);
+                                   most_shared_bytes());
       if (error != cudaSuccess) return int(error);
     }
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = kClusterSize;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    error = cudaOccupancyMaxActiveClusters(&at_once, kKernel, &config);
+    if (kClusterSize > 1) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = kClusterSize;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      error = cudaOccupancyMaxActiveClusters(&at_once, kKernel, &config);
+    } else {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kKernel, threads,
+                                                            size_t(shared_bytes));
+      at_once *= multiprocessors();
+    }
     if (error != cudaSuccess) return int(error);
     if (device < 64) most[device] = at_once;
   }

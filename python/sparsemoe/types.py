@@ -44,3 +44,13 @@ class Encoded(NamedTuple):
     codes: Tensor  # [..., Q'] int32
     quantized: Tensor  # [..., D] the sum of the chosen codes, dtype as the vectors
     errors: Tensor  # [..., Q'] squared error after each stage, float32 (float64 for float64)
+
+
+class Balanced(NamedTuple):
+    """A balanced plan and how it was reached: P = exp(logits / temperature + log_u + log_v)."""
+
+    plan: Tensor  # [..., T, E] float32 (float64 for float64 logits); rows sum to their marginal
+    log_u: Tensor  # [..., T]; -inf where the row takes no part
+    log_v: Tensor  # [..., E]
+    error: Tensor  # [...] sum over experts of |column sum - its marginal|, over the total
+    iterations: Tensor  # [...] int32, how many ran

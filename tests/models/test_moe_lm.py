@@ -12,6 +12,12 @@ KINDS = {
     "mixed": {"dense_layers": [0]},
     "shared": {"num_shared_experts": 1, "scoring": "sigmoid"},
     "expert_choice": {"router": "expert_choice"},
+    "sinkhorn": {"router": "sinkhorn", "sinkhorn_inference": "bias"},
+    "sinkhorn_plan": {
+        "router": "sinkhorn",
+        "sinkhorn_weights": "plan",
+        "sinkhorn_per_sequence": True,
+    },
     "plain": {"qk_norm": False, "num_kv_heads": 2, "renormalize": False},
 }
 
@@ -161,7 +167,51 @@ def test_expert_bias_moves_towards_balance():
     torch.testing.assert_close(torch.stack(biases), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_sinkhorn_takes_its_options_from_the_config():
+    config = tiny_model(
+        router="sinkhorn",
+        scoring="sigmoid",
+        renormalize=False,
+        scale=2.0,
+        capacity_factor=1.5,
+        jitter=0.25,
+        sinkhorn_iters=3,
+        sinkhorn_temperature=0.5,
+        sinkhorn_per_sequence=True,
+        sinkhorn_inference="bias",
+    )
+    router = make(config).blocks[0].ffn.router
+    assert router.scoring == "sigmoid" and not router.renormalize and router.scale == 2.0
+    assert (router.capacity_factor, router.jitter) == (1.5, 0.25)
+    assert (router.n_iters, router.temperature) == (3, 0.5)
+    assert router.per_sequence and router.inference == "bias" and router.weights_from == "scores"
+    plan = tiny_model(router="sinkhorn", sinkhorn_weights="plan")
+    assert make(plan).blocks[1].ffn.router.weights_from == "plan"
+
+
+def test_sinkhorn_balances_in_training_and_by_its_bias():
+    config = tiny_model(router="sinkhorn", sinkhorn_inference="bias", load_balance_weight=0.0)
+    model, batches = make(config), [tokens_of(8, 32, seed) for seed in range(500)]
+    with torch.no_grad():
+        model.embedding.weight[:, 0] += 0.05  # a feature of every token, which the routers weigh
+        for block in model.blocks:
+            block.ffn.router.linear.weight[:, 0] = torch.linspace(-0.25, 0.25, 4)
+        for tokens in batches:
+            model(tokens)
+
+    def busiest() -> float:
+        counts = model(tokens_of(8, 32, 1000))[1]["counts"].float()
+        return (counts.amax(1) / counts.mean(1)).max().item()
+
+    assert busiest() < 1.3
+    model.eval()
+    assert busiest() < 1.3
+    for block in model.blocks:
+        block.ffn.router.inference = "topk"
+    assert busiest() > 1.5
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense", "sinkhorn"])
 def test_compiles_without_a_graph_break(kind):
     model = make(tiny_model(**KINDS[kind]))
     tokens, targets = tokens_of(2, 32), tokens_of(2, 32, seed=2).clamp(max=255)
@@ -192,10 +242,29 @@ def test_bfloat16_autocast_agrees_with_float32(config):
         ({"head_dim": 15}, "head_dim is 15; it must be even"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"num_experts": -1}, "num_experts is -1"),
-        ({"router": "topq"}, "router is 'topq'; it must be one of topk, expert_choice"),
+        ({"router": "topq"}, "router is 'topq'; it must be one of topk, sinkhorn, exp"),
         ({"dense_layers": [2]}, "dense_layers is"),
         ({"capacity_factor": 0.0}, "capacity_factor is 0.0"),
         ({"router": "expert_choice", "expert_bias_rate": 0.1}, "expert_bias_rate is 0.1"),
+        (
+            {"router": "expert_choice", "capacity_factor": 1.0},
+            "capacity_factor is 1.0; .* left out",
+        ),
+        (
+            {"router": "sinkhorn", "expert_bias_rate": 0.1},
+            "expert_bias_rate is 0.1; it must be left out with router sinkhorn",
+        ),
+        ({"sinkhorn_iters": 0}, "sinkhorn_iters is 0; it must be 1 or more"),
+        ({"sinkhorn_temperature": 0.0}, "sinkhorn_temperature is 0.0; it must be above 0"),
+        (
+            {"sinkhorn_inference": "top"},
+            "sinkhorn_inference is 'top'; it must be one of topk, bias",
+        ),
+        ({"sinkhorn_weights": "gate"}, "sinkhorn_weights is 'gate'; .* one of scores, plan"),
+        (
+            {"router": "sinkhorn", "sinkhorn_weights": "plan", "scoring": "sigmoid"},
+            "scoring is 'sigmoid'; it must be softmax with sinkhorn_weights plan",
+        ),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

@@ -22,6 +22,9 @@ OPTIONS = [
     {"scoring": "sigmoid", "expert_bias": True, "n_group": 4, "topk_group": 2, "scale": 2.5},
     {"router": "expert_choice"},
     {"router": "expert_choice", "causal": True},
+    {"router": "sinkhorn", "capacity_factor": 1.25},
+    {"router": "sinkhorn", "per_sequence": True, "scoring": "sigmoid", "jitter": 0.1},
+    {"router": "sinkhorn", "weights_from": "plan", "inference": "bias", "drop_policy": "weight"},
 ]
 
 
@@ -153,7 +156,13 @@ def test_recomputing_changes_nothing(device):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"router": "expert_choice"}, {"capacity_factor": 1.25, "bias": True}]
+    "options",
+    [
+        {},
+        {"router": "expert_choice"},
+        {"router": "sinkhorn"},
+        {"capacity_factor": 1.25, "bias": True},
+    ],
 )
 def test_compile_without_a_graph_break(device, options):
     layer = make(device, **options)
@@ -191,6 +200,11 @@ def test_autocast_keeps_the_router_in_float32(device):
         (
             lambda: make("cpu", router="expert_choice", capacity_factor=1.0),
             "capacity_factor and jitter must be left out",
+        ),
+        (lambda: make("cpu", router="sinkhorn", top_k=9), "top_k must be at most num_experts = 8"),
+        (
+            lambda: make("cpu", router="sinkhorn").update_bias(torch.zeros(8, dtype=torch.int32)),
+            "update_bias must be called on a layer with a TopKRouter",
         ),
     ],
 )

@@ -89,6 +89,7 @@ RESUMED = {
     "moe": {},
     "jitter and bias": {"jitter": 0.1, "expert_bias_rate": 0.01},  # random numbers, a buffer
     "expert choice": {"router": "expert_choice"},
+    "sinkhorn": {"router": "sinkhorn", "sinkhorn_inference": "bias"},
 }
 
 
@@ -141,6 +142,18 @@ def test_resume_refuses_another_model_and_other_data(corpora, tmp_path):
         Trainer(tiny_run({"num_experts": 8}), *corpora).resume(saved)
     with pytest.raises(ConfigError, match="files are not those"):
         Trainer(tiny_run(), *reversed(corpora)).resume(saved)
+
+
+def test_resume_of_a_checkpoint_older_than_a_key(corpora, tmp_path):
+    Trainer(tiny_run(steps=2), *corpora, tmp_path).fit()
+    index = checkpoint.find(tmp_path).path / checkpoint.INDEX
+    saved = json.loads(index.read_text())
+    del saved["info"]["config"]["model"]["sinkhorn_iters"]
+    index.write_text(json.dumps(saved))
+    assert load_model(tmp_path)[1] == tiny_run(steps=2)
+    Trainer(tiny_run(), *corpora).resume(checkpoint.find(tmp_path))
+    with pytest.raises(ConfigError, match="model.sinkhorn_iters is 3, but the checkpoint has 8"):
+        Trainer(tiny_run({"sinkhorn_iters": 3}), *corpora).resume(checkpoint.find(tmp_path))
 
 
 def test_a_new_run_does_not_write_over_another(corpora, tmp_path):

@@ -5,6 +5,7 @@ from .moe import MoE, Routing
 from .quantizer_metrics import CodeUsage, code_usage
 from .quantizers import Quantized, ResidualVQ, VectorQuantizer
 from .routers import ExpertChoiceRouter, RouterOutput, TopKRouter
+from .sinkhorn_router import SinkhornRouter
 
 __all__ = [
     "CodeUsage",
@@ -16,6 +17,7 @@ __all__ = [
     "RouterOutput",
     "Routing",
     "SharedExperts",
+    "SinkhornRouter",
     "TopKRouter",
     "VectorQuantizer",
     "code_usage",

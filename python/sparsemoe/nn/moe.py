@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from .experts import Experts, SharedExperts
 from .routers import ExpertChoiceRouter, RouterOutput, TopKRouter
+from .sinkhorn_router import SinkhornRouter
 
 
 class Routing(NamedTuple):
@@ -41,7 +42,7 @@ class MoE(nn.Module):
         intermediate_size: F, of one expert.
         num_experts: E, at most 1024.
         top_k: experts a token, at most 32; with expert choice, their mean number.
-        router: "topk", "expert_choice", or a module with the routers' forward.
+        router: "topk", "sinkhorn", "expert_choice", or a module with the routers' forward.
         activation: "swiglu", "geglu", "relu2", "silu" or "gelu".
         capacity_factor: None (no pair is dropped) or as in :class:`TopKRouter`.
         drop_policy: "order" or "weight".
@@ -76,8 +77,9 @@ class MoE(nn.Module):
         super().__init__()
         if isinstance(router, nn.Module):
             self.router = router
-        elif router == "topk":
-            self.router = TopKRouter(
+        elif router in ("topk", "sinkhorn"):
+            kind = TopKRouter if router == "topk" else SinkhornRouter
+            self.router = kind(
                 hidden_size,
                 num_experts,
                 top_k,
@@ -94,7 +96,9 @@ class MoE(nn.Module):
                 )
             self.router = ExpertChoiceRouter(hidden_size, num_experts, top_k, **router_options)
         else:
-            raise ValueError(f"router must be 'topk', 'expert_choice' or a module, got {router!r}")
+            raise ValueError(
+                f"router must be 'topk', 'sinkhorn', 'expert_choice' or a module, got {router!r}"
+            )
         self.hidden_size = hidden_size
         self.experts = Experts(
             num_experts, hidden_size, intermediate_size, activation, bias, recompute

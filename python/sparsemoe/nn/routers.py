@@ -22,7 +22,62 @@ class RouterOutput(NamedTuple):
     logsumexp: Tensor  # [T]
 
 
-class TopKRouter(nn.Module):
+class _TokenChoice(nn.Module):
+    """What routers share by which every token takes k experts; the arguments are TopKRouter's."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        scoring: str,
+        renormalize: bool,
+        scale: float,
+        capacity_factor: float | None,
+        drop_policy: str,
+        jitter: float,
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        if top_k > num_experts:
+            raise ValueError(f"top_k must be at most num_experts = {num_experts}, got {top_k}")
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(f"capacity_factor must be above 0 or None, got {capacity_factor}")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must be from 0 to below 1, got {jitter}")
+        self.linear = RouterLinear(hidden_size, num_experts)
+        self.num_experts, self.top_k = num_experts, top_k
+        self.scoring, self.renormalize, self.scale = scoring, renormalize, scale
+        self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
+        self.jitter = jitter
+
+    def capacity(self, num_tokens: int) -> int | None:
+        """The rows that an expert keeps of `num_tokens` tokens."""
+        if self.capacity_factor is None:
+            return None
+        pairs = num_tokens * self.top_k
+        # ceil, exact for the decimal factors that people write
+        millionths = round(self.capacity_factor * 1_000_000)
+        return -(-millionths * pairs // (1_000_000 * self.num_experts))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, E]"""
+        if self.training and self.jitter:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        return self.linear(x)
+
+    def _plan(self, experts: Tensor, weights: Tensor) -> Plan:
+        """The plan of choices [T, k]."""
+        return ops.moe.plan(
+            experts,
+            self.num_experts,
+            capacity=self.capacity(len(experts)),
+            drop_policy=self.drop_policy,
+            weights=weights,
+        )
+
+
+class TopKRouter(_TokenChoice):
     """Token choice: every token takes its k best experts.
 
     Args:
@@ -54,37 +109,24 @@ class TopKRouter(nn.Module):
         expert_bias: bool = False,
         jitter: float = 0.0,
     ) -> None:
-        super().__init__()
-        _check_sizes(hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
-        if top_k > num_experts:
-            raise ValueError(f"top_k must be at most num_experts = {num_experts}, got {top_k}")
-        if capacity_factor is not None and capacity_factor <= 0:
-            raise ValueError(f"capacity_factor must be above 0 or None, got {capacity_factor}")
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter must be from 0 to below 1, got {jitter}")
-        self.linear = RouterLinear(hidden_size, num_experts)
-        self.num_experts, self.top_k = num_experts, top_k
-        self.scoring, self.renormalize, self.scale = scoring, renormalize, scale
+        super().__init__(
+            hidden_size,
+            num_experts,
+            top_k,
+            scoring,
+            renormalize,
+            scale,
+            capacity_factor,
+            drop_policy,
+            jitter,
+        )
         self.n_group, self.topk_group = n_group, topk_group
-        self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
-        self.jitter = jitter
         bias = torch.zeros(num_experts) if expert_bias else None
         self.register_buffer("expert_bias", bias)
 
-    def capacity(self, num_tokens: int) -> int | None:
-        """The rows that an expert keeps of `num_tokens` tokens."""
-        if self.capacity_factor is None:
-            return None
-        pairs = num_tokens * self.top_k
-        # ceil, exact for the decimal factors that people write
-        millionths = round(self.capacity_factor * 1_000_000)
-        return -(-millionths * pairs // (1_000_000 * self.num_experts))
-
     def forward(self, x: Tensor, mask: Tensor | None = None, num_sequences: int = 1):
         """x [T, H], mask [T] bool -> RouterOutput."""
-        if self.training and self.jitter:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = self.linear(x)
+        logits = self._logits(x)
         bias = self.expert_bias
         chosen = ops.moe.gate(
             logits,
@@ -97,13 +139,7 @@ class TopKRouter(nn.Module):
             topk_group=self.topk_group,
             mask=mask,
         )
-        plan = ops.moe.plan(
-            chosen.experts,
-            self.num_experts,
-            capacity=self.capacity(len(x)),
-            drop_policy=self.drop_policy,
-            weights=chosen.weights,
-        )
+        plan = self._plan(chosen.experts, chosen.weights)
         return RouterOutput(plan, chosen.weights, logits, chosen.logsumexp)
 
     def update_bias(self, counts: Tensor, rate: float = 1e-3) -> None:

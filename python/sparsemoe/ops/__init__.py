@@ -1,5 +1,5 @@
 """Functions over torch.ops.sparsemoe, one module a family."""
 
-from . import moe, rvq
+from . import moe, rvq, sinkhorn
 
-__all__ = ["moe", "rvq"]
+__all__ = ["moe", "rvq", "sinkhorn"]

@@ -1,5 +1,5 @@
 """Every op in plain PyTorch, written to be read: the specification that the kernels are held to."""
 
-from . import moe, rvq
+from . import moe, rvq, sinkhorn
 
-__all__ = ["moe", "rvq"]
+__all__ = ["moe", "rvq", "sinkhorn"]

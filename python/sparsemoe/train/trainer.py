@@ -212,7 +212,9 @@ class Trainer:
         the data's files are not those of the checkpoint.
         """
         check_kind(saved, type(self.config))
-        check_same_model(to_dict(self.config.model), saved.info["config"]["model"])
+        model = self.config.model
+        defaults = to_dict(type(model)())  # of keys that came after the checkpoint
+        check_same_model(to_dict(model), defaults | saved.info["config"]["model"])
         if saved.info["data"]["files"] != self._data_fingerprint():
             raise ConfigError(
                 f"the data's files are not those that {saved.path} was trained on; "

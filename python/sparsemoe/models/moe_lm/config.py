@@ -35,7 +35,7 @@ class MoELMConfig:
     dense_size: int = 512  # width of a dense feed-forward
 
     # Routing: see sparsemoe.nn.MoE.
-    router: str = "topk"  # topk, or expert_choice (by causal thresholds)
+    router: str = "topk"  # topk, sinkhorn, or expert_choice (by causal thresholds)
     scoring: str = "softmax"  # softmax, softmax_after_topk or sigmoid
     renormalize: bool = True  # weights of a token's experts sum to one
     scale: float = 1.0
@@ -45,11 +45,17 @@ class MoELMConfig:
     load_balance_weight: float = 0.01
     router_z_weight: float = 0.001
     expert_bias_rate: float = 0.0  # above 0: loss-free balancing by a bias on each expert
+    # With router sinkhorn: see sparsemoe.nn.SinkhornRouter.
+    sinkhorn_iters: int = 8
+    sinkhorn_temperature: float = 1.0
+    sinkhorn_per_sequence: bool = False  # balance each sequence by itself, instead of the batch
+    sinkhorn_inference: str = "topk"  # topk, or bias: as training chose on average
+    sinkhorn_weights: str = "scores"  # scores, or plan
 
     def __post_init__(self) -> None:
         at_least = {"num_experts": 0, "num_shared_experts": 0, "top_k": 1, "num_layers": 1}
         at_least |= {"hidden_size": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 1}
-        at_least |= {"context": 1, "expert_size": 1, "dense_size": 1}
+        at_least |= {"context": 1, "expert_size": 1, "dense_size": 1, "sinkhorn_iters": 1}
         for name, least in at_least.items():
             _require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, for rotary positions")
@@ -61,17 +67,27 @@ class MoELMConfig:
         known = all(0 <= layer < self.num_layers for layer in self.dense_layers)
         layers = f"a list of layers from 0 to {self.num_layers - 1}"
         _require(known, "dense_layers", self.dense_layers, layers)
-        _one_of("router", self.router, ("topk", "expert_choice"))
+        _one_of("router", self.router, ("topk", "sinkhorn", "expert_choice"))
         _one_of("scoring", self.scoring, ("softmax", "softmax_after_topk", "sigmoid"))
         _one_of("drop_policy", self.drop_policy, ("order", "weight"))
         if self.capacity_factor is not None:
             positive = self.capacity_factor > 0
             _require(positive, "capacity_factor", self.capacity_factor, "above 0 or null")
         _require(0 <= self.jitter < 1, "jitter", self.jitter, "from 0 to below 1")
-        if self.router == "expert_choice":  # its capacity and balance are its own
-            for name, unused in (("capacity_factor", None), ("jitter", 0), ("expert_bias_rate", 0)):
-                value = getattr(self, name)
-                _require(value == unused, name, value, "left out with router expert_choice")
+        warm = self.sinkhorn_temperature > 0
+        _require(warm, "sinkhorn_temperature", self.sinkhorn_temperature, "above 0")
+        _one_of("sinkhorn_inference", self.sinkhorn_inference, ("topk", "bias"))
+        _one_of("sinkhorn_weights", self.sinkhorn_weights, ("scores", "plan"))
+        if self.router == "sinkhorn" and self.sinkhorn_weights == "plan":
+            softmax = self.scoring == "softmax"
+            _require(softmax, "scoring", repr(self.scoring), "softmax with sinkhorn_weights plan")
+        # A router's balance is its own, and so is the capacity of expert choice.
+        unused = {"expert_bias_rate": 0} if self.router != "topk" else {}
+        if self.router == "expert_choice":
+            unused |= {"capacity_factor": None, "jitter": 0}
+        for name, left_out in unused.items():
+            value = getattr(self, name)
+            _require(value == left_out, name, value, f"left out with router {self.router}")
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer's feed-forward is a mixture of experts."""

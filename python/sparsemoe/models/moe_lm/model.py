@@ -8,6 +8,7 @@ and one matrix for both the embedding and the output.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,15 +126,19 @@ class Block(nn.Module):
 
 def make_moe(config: MoELMConfig) -> MoE:
     """The mixture of experts that the config describes."""
-    if config.router == "topk":
-        options = {
-            "scoring": config.scoring,
-            "renormalize": config.renormalize,
-            "scale": config.scale,
-            "expert_bias": config.expert_bias_rate > 0,
-        }
-    else:
-        options = {"causal": True}
+    scores = {"scoring": config.scoring, "renormalize": config.renormalize, "scale": config.scale}
+    options: dict[str, dict[str, Any]] = {
+        "topk": {**scores, "expert_bias": config.expert_bias_rate > 0},
+        "sinkhorn": {
+            **scores,
+            "n_iters": config.sinkhorn_iters,
+            "temperature": config.sinkhorn_temperature,
+            "per_sequence": config.sinkhorn_per_sequence,
+            "inference": config.sinkhorn_inference,
+            "weights_from": config.sinkhorn_weights,
+        },
+        "expert_choice": {"causal": True},
+    }
     return MoE(
         config.hidden_size,
         config.expert_size,
@@ -144,7 +149,7 @@ def make_moe(config: MoELMConfig) -> MoE:
         drop_policy=config.drop_policy,
         num_shared_experts=config.num_shared_experts,
         jitter=config.jitter,
-        **options,
+        **options[config.router],
     )
 
 
