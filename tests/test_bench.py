@@ -54,7 +54,7 @@ def test_implementations_agree(make, shape, op, name):
     result, expected = (
         list(op.view(given, op.calls[which](given)())) for which in (name, "reference")
     )
-    assert case.difference(op, shape, result, expected) is None
+    assert case.difference(op, shape, result, expected, name) is None
     assert op.nbytes(given) > 0
 
 
