@@ -1,5 +1,3 @@
-#include <cstdlib>
-
 #include "common/cuda.cuh"
 #include "sinkhorn/layout.h"
 #include "sinkhorn/rows.cuh"
@@ -24,10 +22,6 @@ SinkhornLayout::SinkhornLayout(const SinkhornProblems& in) {
   const int64_t each = std::max<int64_t>(1, units / std::min(in.n_problems, units));
   team_blocks = unit * std::min(each, ceil_div(wanted, unit));
   if (!runs_sm_90a() && elements <= kMostOfOneBlock) team_blocks = 1;
-  if (const char* team = std::getenv("SPARSEMOE_TEAM")) {
-    team_blocks = std::atoi(team);
-    clusters = team_blocks % 8 == 0;
-  }
   n_teams = std::min(in.n_problems, all / team_blocks);
 }
 
